@@ -1,0 +1,197 @@
+"""The same composition for Python users as for the command line: `train(config)`, `evaluate(checkpoint, data)`.
+
+from dist_lars import api
+from dist_lars.cli import load_config
+result = api.train(load_config("quickstart", overrides={"epochs": 3}))
+print(api.evaluate(result.run_dir, "path/to/images"))
+"""
+
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from dist_lars import checkpoint, data, engine, models, optim
+from dist_lars import comm as ranks
+from dist_lars.comm import AgreedError, Comm
+from dist_lars.config import Config, as_flat, from_flat
+from dist_lars.errors import UserError
+from dist_lars.plan import Plan, make_plan
+from dist_lars.resources import cores_per_rank, pick_autocast, pick_device, share_cores
+from dist_lars.run import Result, Run, open_run_dir, restore, resume_path
+
+
+class Scores(NamedTuple):
+    """Means over `count` images; top-k in percent."""
+
+    loss: float
+    top1: float
+    top5: float
+    count: int
+
+
+def train(config: Config, comm: Comm | None = None) -> Result:
+    """Train as the configuration says, on the ranks that the launcher started; every rank gets the same `Result`.
+
+    Continues the run in `config.run_dir` if there is one. Raises `UserError` for wrong values, data or launches.
+    """
+    comm = comm or start_ranks(config)
+    device = pick_device(config.device, comm.local_rank)
+    autocast = pick_autocast(config.precision, device)
+    workers, threads = share_cores(cores_per_rank(comm), device, config.data.workers)
+    torch.set_num_threads(threads)
+    torch.manual_seed(config.seed)
+    sets = open_sets(config, comm)
+    try:
+        plan = make_plan(config, comm.size, len(sets.train), len(sets.val))
+    except UserError as e:
+        raise AgreedError(str(e)) from e
+    ranks.assert_same(comm, "\n".join([*_lines(config), f"computes in {autocast}", str(plan)]), "the configuration")
+    run_dir = Path(ranks.on_first_rank(comm, lambda: open_run_dir(config), "run_dir"))
+    job = make_job(config, comm, plan, len(sets.classes), device, autocast)
+    start = _resume(job, config, run_dir, sets.classes)
+    ranks.sync_parameters(job.model, comm)
+    ranks.assert_same(comm, str(ranks.checksum(job.model)), "the initial weights")
+    return Run(config, job, sets, run_dir, workers).go(start)
+
+
+def start_ranks(config: Config) -> Comm:
+    """Join the other ranks, with defaults for the device that this configuration will use."""
+    cpu = config.device == "cpu" or (config.device == "auto" and not torch.cuda.is_available())
+    return ranks.start(cpu=cpu, deterministic=config.comm.deterministic)
+
+
+def _lines(config: Config) -> list[str]:
+    return [f"{k}: {v}" for k, v in as_flat(config).items()]
+
+
+def _resume(job: engine.Job, config: Config, run_dir: Path, classes: tuple[str, ...]) -> int:
+    origin = ranks.on_first_rank(job.comm, lambda: resume_path(config, run_dir), "resume from")
+    if origin is None:
+        return 0
+    try:
+        return restore(job, checkpoint.load(origin), config, classes, origin)
+    except UserError as e:  # every rank reads the same file
+        raise AgreedError(str(e)) from e
+
+
+def open_sets(config: Config, comm: Comm) -> data.Sets:
+    """The run's images; folders are listed by rank 0 alone."""
+    d = config.data
+    if d.kind == "synthetic":
+        return data.synthetic_sets(
+            train=d.train_images, val=d.val_images, classes=d.classes, image_size=d.image_size, seed=config.seed
+        )
+    path = _digits(comm, d.image_size) if d.kind == "digits" else d.path or os.environ.get("DIST_LARS_DATA")
+    if not path:
+        raise AgreedError(
+            "no data: name an image folder (PATH/train/CLASS/image.jpg and PATH/val/CLASS/image.jpg) with --data.path "
+            "PATH or $DIST_LARS_DATA; `--preset quickstart` needs none, `--data.kind synthetic` takes random images"
+        )
+    train_index, val_index = ranks.on_first_rank(comm, lambda: data.list_folders(path, d.val), "data index")
+    return data.folder_sets(
+        train_index,
+        val_index,
+        seed=config.seed,
+        image_size=d.image_size,
+        resize=d.resize,
+        min_scale=d.min_scale,
+        flip=d.flip,
+    )
+
+
+def _digits(comm: Comm, size: int) -> str:
+    if comm.local_rank == 0:  # once per host: caches need not be shared
+        data.digits_folder(data.cache_dir(), size)
+    comm.barrier()
+    return data.digits_folder(data.cache_dir(), size)
+
+
+def make_job(
+    config: Config, comm: Comm, plan: Plan, classes: int, device: torch.device, autocast: torch.dtype | None
+) -> engine.Job:
+    """Model, optimizer and gradient averaging of one rank, freshly initialised from torch's current seed."""
+    model = models.build(config.model.name, num_classes=classes)
+    model = model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return engine.Job(
+        model=model,
+        optimizer=make_optimizer(config, model, plan.rate.peak),
+        comm=comm,
+        reducer=comm.reducer(model.parameters(), config.comm.bucket_mb),
+        plan=plan,
+        device=device,
+        autocast=autocast,
+        scaler=torch.amp.GradScaler(device.type, enabled=autocast == torch.float16),
+        seed=config.seed,
+        clip_norm=config.optim.clip_norm,
+    )
+
+
+def make_optimizer(config: Config, model: nn.Module, lr: float) -> torch.optim.Optimizer:
+    """The configured optimizer over the configured groups; what is left open follows the LARS law."""
+    o = config.optim
+    law = optim.LAWS[o.law]
+    groups = optim.param_groups(
+        model,
+        weight_decay=o.weight_decay,
+        exclude_from_adaptation=o.exclude_from_adaptation or law.exclude_from_adaptation,
+        exclude_from_decay=o.exclude_from_decay or law.exclude_from_decay,
+    )
+    return optim.build(
+        o.name,
+        groups,
+        lr=lr,
+        momentum=o.momentum,
+        weight_decay=o.weight_decay,
+        law=o.law,
+        trust_coefficient=o.trust_coefficient,
+    )
+
+
+# --- evaluate ---------------------------------------------------------------------------------------------------------
+
+
+def evaluate(
+    model: nn.Module | str | Path,
+    path: str,
+    *,
+    image_size: int = 224,
+    resize: int = 256,
+    batch: int = 64,
+    workers: int | None = None,
+    device: str = "auto",
+    precision: str = "auto",
+    comm: Comm | None = None,
+) -> Scores:
+    """Loss, top-1 and top-5 of a model, or of a checkpoint (a .pt file or a run directory), on a folder of images.
+
+    `path` holds val/CLASS/image.jpg, test/CLASS/image.jpg or CLASS/image.jpg. A checkpoint brings its own image size
+    and class names, and refuses a folder with other classes. Raises `UserError` for what cannot be read.
+    """
+    comm = comm or ranks.LocalComm()
+    place = pick_device(device, comm.local_rank)
+    cores, threads = share_cores(cores_per_rank(comm), place, workers)
+    torch.set_num_threads(threads)
+    index = ranks.on_first_rank(comm, lambda: data.index_folder(data.val_folder(path)), "data index")
+    if not isinstance(model, nn.Module):
+        model, image_size, resize = _from_checkpoint(model, index)
+    model = model.to(device=place, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    mine = data.ValOrder(data.validation_range(len(index), comm.rank, comm.size), batch)
+    images = data.val_images(index, image_size, resize)
+    batches = data.batches(images, mine, cores, pin=place.type == "cuda")
+    return Scores(**engine.evaluate(model, batches, comm, place, pick_autocast(precision, place), len(index)))  # type: ignore[arg-type]
+
+
+def _from_checkpoint(path: str | Path, index: data.Index) -> tuple[nn.Module, int, int]:
+    state = checkpoint.load(path)
+    config = from_flat(state["config"])
+    if tuple(state["classes"]) != index.classes:
+        raise UserError(
+            f"{path} knows {len(state['classes'])} classes ({', '.join(state['classes'][:3])} ...), {index.root} has "
+            f"{len(index.classes)} ({', '.join(index.classes[:3])} ...): labels would mean different things"
+        )
+    model = models.build(config.model.name, num_classes=len(index.classes))
+    checkpoint.load_weights(model, state["model"], str(path))
+    return model, config.data.image_size, config.data.resize

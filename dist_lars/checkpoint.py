@@ -1,0 +1,107 @@
+"""Checkpoints as files: written aside, flushed to disk, renamed; `latest` and `best` point at them.
+
+Knows files, not ranks. Loading uses `weights_only=True`: a checkpoint cannot run code.
+"""
+
+import os
+import pickle
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dist_lars.errors import UserError
+
+FORMAT = 1
+
+
+def write_aside(path: Path, data: bytes) -> None:
+    """Replace a small file so that readers see the old content or the new one, never a part."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    with aside.open("wb") as f:
+        f.write(data)
+        f.flush()
+        os.fsync(f.fileno())
+    aside.replace(path)
+
+
+def save(folder: Path, state: dict[str, Any], *, best: bool, keep: int) -> Path:
+    """Write FOLDER/step-N.pt for `state["step"]`, then move the pointers, then drop all but `keep` and the best."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"step-{state['step']:09d}.pt"
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    with aside.open("wb") as f:
+        torch.save({"format": FORMAT, **state}, f)
+        f.flush()
+        os.fsync(f.fileno())
+    aside.replace(path)
+    _sync_folder(folder)  # the rename itself must be on disk before the pointer names it
+    write_aside(folder / "latest", path.name.encode())
+    if best:
+        write_aside(folder / "best", path.name.encode())
+    _drop_old(folder, keep)
+    return path
+
+
+def _sync_folder(folder: Path) -> None:
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _drop_old(folder: Path, keep: int) -> None:
+    pointed = {pointed_at(folder, "latest"), pointed_at(folder, "best")}
+    for path in sorted(folder.glob("step-*.pt"))[:-keep]:
+        if path not in pointed:
+            path.unlink()
+    for leftover in folder.glob(".step-*.pt.*"):  # of a job that was killed while it saved
+        leftover.unlink()
+
+
+def pointed_at(folder: Path, pointer: str) -> Path | None:
+    """The checkpoint that `latest` or `best` names; None when there is none yet."""
+    try:
+        return folder / (folder / pointer).read_text(encoding="utf-8").strip()
+    except FileNotFoundError:
+        return None
+
+
+def find(run_dir: Path) -> Path | None:
+    """The newest checkpoint of a run; None when it has not saved one yet."""
+    return pointed_at(run_dir / "checkpoints", "latest")
+
+
+def load(path: str | Path) -> dict[str, Any]:
+    """The saved state, on the CPU; raises `UserError` for what is not a whole checkpoint of ours."""
+    path = Path(path)
+    if path.is_dir():
+        found = find(path)
+        if found is None:
+            raise UserError(f"{path} holds no checkpoint; expected {path}/checkpoints/latest, or name a .pt file")
+        path = found
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as e:
+        raise UserError(f"checkpoint {path} does not exist") from e
+    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError, zipfile.BadZipFile) as e:
+        raise UserError(f"checkpoint {path} cannot be read: {str(e).splitlines()[0]}") from e
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise UserError(f"{path} is not a dist_lars checkpoint of format {FORMAT}")
+    return state
+
+
+def load_weights(model: torch.nn.Module, weights: dict[str, torch.Tensor], origin: str) -> None:
+    """`load_state_dict` that names what does not fit."""
+    wanted = {k: tuple(v.shape) for k, v in model.state_dict().items()}
+    given = {k: tuple(v.shape) for k, v in weights.items()}
+    wrong = [k for k in {**wanted, **given} if wanted.get(k) != given.get(k)]
+    if wrong:
+        k = wrong[0]
+        raise UserError(
+            f"{origin} is of another model: {len(wrong)} of {len(wanted)} tensors differ, first {k}: "
+            f"{given.get(k, 'absent')} in the checkpoint, {wanted.get(k, 'absent')} in the model"
+        )
+    model.load_state_dict(weights)

@@ -1,0 +1,276 @@
+"""Every option of a run, as frozen dataclasses: its type, default, documentation and rules.
+
+`dist_lars.cli` fills them from presets, YAML files and the command line. Nothing here imports torch, so a login
+node can check a job.
+"""
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal, NoReturn, Optional, get_type_hints
+
+import yaml
+
+from dist_lars.errors import UserError
+
+
+def option(default: Any, help: str, key: str | None = None) -> Any:
+    """A dataclass field with its documentation; `key` is its public name where Python reserves the word."""
+    return field(default=default, metadata={"help": help, "key": key})
+
+
+@dataclass(frozen=True)
+class Data:
+    kind: Literal["folder", "synthetic", "digits"] = option(
+        "folder",
+        "folder: train/CLASS/*.jpg and val/CLASS/*.jpg; synthetic: random images, no files; "
+        "digits: scikit-learn's handwritten digits, written once as such a folder",
+    )
+    path: str | None = option(None, "the image folder (default: $DIST_LARS_DATA)")
+    val: str | None = option(None, "validation folder (default: val/, else test/, below data.path)")
+    image_size: int = option(224, "pixels of the square that the network sees")
+    resize: int = option(256, "validation: the shorter side before the centre crop, in pixels")
+    min_scale: float = option(0.08, "training: smallest share of the area that a random resized crop keeps")
+    flip: bool = option(True, "training: mirror every second image")
+    workers: int | None = option(None, "loader processes per rank (default: from the cores of this rank)")
+    classes: int = option(1000, "number of classes of synthetic data (a folder's are counted)")
+    train_images: int = option(1_281_167, "training images for synthetic data and --dry_run (a folder's are counted)")
+    val_images: int = option(50_000, "validation images for synthetic data and --dry_run (a folder's are counted)")
+
+
+@dataclass(frozen=True)
+class Model:
+    name: Literal["alexnet", "resnet18", "resnet34", "resnet50", "resnet101", "resnet152"] = option(
+        "resnet18", "the architecture; alexnet is the network of 2012"
+    )
+
+
+@dataclass(frozen=True)
+class Optim:
+    name: Literal["lars", "lamb", "sgd", "sgd_momentum", "nesterov", "adam", "adamw"] = option(
+        "lars", "the optimizer; sgd is without momentum"
+    )
+    law: Literal["default", "paper", "mlperf", "larc"] = option("default", "which LARS (see dist_lars.optim.LAWS)")
+    lr: float | None = option(None, "peak learning rate as it is; replaces schedule.base_lr and its scaling")
+    momentum: float = option(0.9, "momentum of lars, sgd and nesterov")
+    weight_decay: float = option(5e-4, "weight decay, coupled (adamw: decoupled)")
+    trust_coefficient: float = option(0.001, "LARS: share of ||w|| that one step at rate 1 may move")
+    exclude_from_adaptation: Literal["none", "bn_bias"] | None = option(
+        None, "parameters without a trust ratio (default: what the law says)"
+    )
+    exclude_from_decay: Literal["none", "bn_bias"] | None = option(
+        None, "parameters without weight decay (default: what the law says)"
+    )
+    clip_norm: float | None = option(None, "clip the global gradient norm to this (default: no clipping)")
+
+
+@dataclass(frozen=True)
+class Schedule:
+    scaling: Literal["linear", "sqrt", "none"] = option(
+        "linear", "how the learning rate grows with batch_size / base_batch"
+    )
+    base_lr: float = option(0.1, "learning rate at base_batch")
+    base_batch: int = option(256, "the batch that base_lr belongs to")
+    warmup_epochs: float = option(5.0, "epochs of linear warm-up from start_lr to the peak")
+    start_lr: float = option(0.0, "where warm-up starts; its first step is one increment above")
+    decay: Literal["poly", "cosine", "step", "constant"] = option("poly", "what follows the warm-up")
+    power: float = option(2.0, "exponent of the polynomial decay")
+    milestones: tuple[float, ...] = option(
+        (30.0, 60.0, 80.0), "step decay: epochs (from the first) at which the rate drops"
+    )
+    gamma: float = option(0.1, "step decay: factor at each milestone")
+    end_lr: float = option(0.0, "learning rate at the end of the decay")
+    decay_epochs: float | None = option(None, "length of the decay (default: all epochs after warm-up)")
+
+
+@dataclass(frozen=True)
+class Resume:
+    start: str = option("auto", "auto: the newest checkpoint of run_dir if there is one; never; or a path", key="from")
+    save_epochs: int = option(1, "save a checkpoint after every so many epochs (and at the end)")
+    keep: int = option(3, "newest checkpoints to keep, beside the best")
+
+
+@dataclass(frozen=True)
+class Comm:
+    deterministic: bool = option(False, "bit-repeatable sums for any number of ranks (buckets are never fused)")
+    bucket_mb: float = option(25.0, "gradients are averaged in buckets of about so many MB")
+
+
+@dataclass(frozen=True)
+class Log:
+    every_steps: int = option(10, "steps between two lines of the run log")
+    eval_epochs: int = option(1, "evaluate after every so many epochs (and at the end)")
+    tensorboard: bool = option(True, "write TensorBoard files to run_dir/tensorboard")
+    progress: bool = option(True, "show a progress bar on rank 0")
+
+
+@dataclass(frozen=True)
+class Config:
+    batch_size: int = option(256, "global batch: images per optimizer step over all ranks")
+    micro_batch: int = option(32, "images per forward pass on one rank (also: images per BatchNorm statistic)")
+    epochs: int = option(90, "passes over the training images")
+    seed: int = option(0, "initial weights, order, augmentation and dropout all follow from it")
+    run_dir: str | None = option(None, "where everything is written (default: runs/NAME-DATE-TIME)")
+    name: str = option("custom", "name of the recipe, used in run_dir and logs")
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = option(
+        "auto", "auto: bf16 where the hardware has it, else fp32; fp16 (with loss scaling) needs CUDA"
+    )
+    device: Literal["auto", "cpu", "cuda"] = option("auto", "auto: cuda:local_rank when there is one")
+    data: Data = field(default_factory=Data)
+    model: Model = field(default_factory=Model)
+    optim: Optim = field(default_factory=Optim)
+    schedule: Schedule = field(default_factory=Schedule)
+    resume: Resume = field(default_factory=Resume)
+    comm: Comm = field(default_factory=Comm)
+    log: Log = field(default_factory=Log)
+
+    def __post_init__(self) -> None:
+        _check(self)
+
+
+# Keys that may differ when a run continues: they change where it runs and what it prints, not what it computes.
+MAY_DIFFER_ON_RESUME = ("run_dir", "name", "data.path", "data.val", "data.workers", "device", "resume.", "log.")
+
+
+def _check(c: Config) -> None:
+    at_least_one = {
+        "batch_size": c.batch_size, "micro_batch": c.micro_batch, "epochs": c.epochs,
+        "data.image_size": c.data.image_size, "data.resize": c.data.resize, "data.classes": c.data.classes,
+        "data.train_images": c.data.train_images, "data.val_images": c.data.val_images,
+        "schedule.base_batch": c.schedule.base_batch, "resume.save_epochs": c.resume.save_epochs,
+        "resume.keep": c.resume.keep, "log.every_steps": c.log.every_steps, "log.eval_epochs": c.log.eval_epochs,
+    }  # fmt: skip
+    not_negative = {
+        "seed": c.seed, "data.workers": c.data.workers or 0, "optim.weight_decay": c.optim.weight_decay,
+        "schedule.warmup_epochs": c.schedule.warmup_epochs, "schedule.start_lr": c.schedule.start_lr,
+        "schedule.end_lr": c.schedule.end_lr,
+    }  # fmt: skip
+    positive = {
+        "schedule.base_lr": c.schedule.base_lr, "comm.bucket_mb": c.comm.bucket_mb,
+        "schedule.power": c.schedule.power, "optim.trust_coefficient": c.optim.trust_coefficient,
+        "optim.lr": 1.0 if c.optim.lr is None else c.optim.lr,
+        "optim.clip_norm": 1.0 if c.optim.clip_norm is None else c.optim.clip_norm,
+        "schedule.decay_epochs": 1.0 if c.schedule.decay_epochs is None else c.schedule.decay_epochs,
+    }  # fmt: skip
+    _require(at_least_one, lambda v: v >= 1, "must be at least 1")
+    _require(not_negative, lambda v: 0 <= v < math.inf, "must be zero or more, and finite")
+    _require(positive, lambda v: 0 < v < math.inf, "must be above zero, and finite")
+    _require({"data.min_scale": c.data.min_scale}, lambda v: 0 < v <= 1, "is a share of the area: 0 < value <= 1")
+    _require({"optim.momentum": c.optim.momentum}, lambda v: 0 <= v < 1, "must be in [0, 1)")
+    if c.data.resize < c.data.image_size:
+        raise UserError(
+            f"data.resize {c.data.resize} is smaller than data.image_size {c.data.image_size}: validation "
+            f"cannot crop what is not there; use --data.resize {round(c.data.image_size * 8 / 7)}"
+        )
+    if c.schedule.warmup_epochs > c.epochs:
+        raise UserError(
+            f"schedule.warmup_epochs {c.schedule.warmup_epochs:g} is longer than epochs {c.epochs}: the peak learning "
+            f"rate would never be reached; use --schedule.warmup_epochs {c.epochs / 10:g}"
+        )
+
+
+def _require(values: dict[str, float], rule: Callable[[float], bool], text: str) -> None:
+    for name, value in values.items():
+        if not rule(value):
+            raise UserError(f"{name} is {value}, but it {text}")
+
+
+# --- names: the nested dataclasses as one flat table ------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """One option: where it lives and what `--help` says of it."""
+
+    key: str  # public, dotted: "resume.from"
+    group: str  # dataclass field of Config, "" at the top
+    attribute: str  # field of the group
+    type: Any
+    default: Any
+    help: str
+
+
+def _leaves() -> dict[str, Leaf]:
+    found: dict[str, Leaf] = {}
+
+    def visit(cls: type, group: str) -> None:
+        types = get_type_hints(cls)
+        for f in dataclasses.fields(cls):
+            if dataclasses.is_dataclass(types[f.name]):
+                visit(types[f.name], f.name)  # type: ignore[arg-type]
+                continue
+            key = f"{group}." * bool(group) + (f.metadata["key"] or f.name)
+            found[key] = Leaf(key, group, f.name, types[f.name], f.default, f.metadata["help"])
+
+    visit(Config, "")
+    return found
+
+
+LEAVES = _leaves()
+
+
+def as_flat(config: Config) -> dict[str, Any]:
+    """{"batch_size": 8192, "optim.lr": None, ...}: every option under its public name."""
+    nested = dataclasses.asdict(config)
+    return {k: (nested[leaf.group] if leaf.group else nested)[leaf.attribute] for k, leaf in LEAVES.items()}
+
+
+def from_flat(flat: dict[str, Any]) -> Config:
+    """The inverse of `as_flat`; missing options get their defaults, unknown ones are refused."""
+    groups: dict[str, dict[str, Any]] = {}
+    for key, value in flat.items():
+        leaf = LEAVES.get(key) or unknown(key, list(LEAVES))
+        groups.setdefault(leaf.group, {})[leaf.attribute] = value
+    types = get_type_hints(Config)
+    top = groups.pop("", {})
+    return Config(**top, **{name: types[name](**values) for name, values in groups.items()})
+
+
+def to_yaml(config: Config) -> str:
+    """The whole configuration as YAML that `--config` reads back to an equal Config."""
+    nested: dict[str, Any] = {}
+    for key, value in as_flat(config).items():
+        group, _, name = key.rpartition(".")
+        target = nested.setdefault(group, {}) if group else nested
+        target[name] = plain(value)
+    return yaml.safe_dump(nested, sort_keys=False)
+
+
+def flat_yaml(text: str, origin: str) -> dict[str, Any]:
+    """A YAML text as {public key: raw value}; `optim: {lr: 1}` and `optim.lr: 1` mean the same."""
+    try:
+        loaded = yaml.safe_load(text) or {}
+    except yaml.YAMLError as e:
+        raise UserError(f"{origin} is not valid YAML: {' '.join(str(e).split())}") from e
+    if not isinstance(loaded, dict):
+        raise UserError(f"{origin}: expected `key: value` lines, found {type(loaded).__name__}")
+    flat: dict[str, Any] = {}
+    for key, value in loaded.items():
+        flat.update({f"{key}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {str(key): value})
+    return flat
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """Lines `key: old -> new` for every option that matters to a resumed run and differs."""
+    keys = [k for k in {**old, **new} if not k.startswith(MAY_DIFFER_ON_RESUME)]
+    old, new = plain(old), plain(new)
+    pairs = [(k, old.get(k, "(absent)"), new.get(k, "(absent)")) for k in keys]
+    return [f"{k}: {a} -> {b}" for k, a, b in pairs if a != b]
+
+
+def plain(value: Any) -> Any:
+    """The same value with lists for tuples, as JSON, YAML and checkpoints keep it."""
+    if isinstance(value, dict):
+        return {k: plain(v) for k, v in value.items()}
+    return [plain(v) for v in value] if isinstance(value, list | tuple) else value
+
+
+def unknown(key: str, known: list[str]) -> NoReturn:
+    """Refuse an option name, naming the nearest ones."""
+    close = difflib.get_close_matches(key, known, n=3, cutoff=0.5)
+    last = key.rpartition(".")[2]
+    close += [k for k in known if k.rpartition(".")[2] == last and k not in close]
+    hint = f"; did you mean {' or '.join(close[:3])}?" if close else "; --help lists all options"
+    raise UserError(f"unknown option {key!r}{hint}")

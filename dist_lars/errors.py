@@ -1,0 +1,5 @@
+"""The one exception whose text is meant for the user: entry points print it without a traceback."""
+
+
+class UserError(ValueError):
+    """A wrong value, file or launch: the text names the value, the rule and the way out."""

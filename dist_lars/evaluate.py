@@ -1,0 +1,52 @@
+"""`python -m dist_lars.evaluate --checkpoint PATH --data.path DIR`: one JSON line with loss, top1, top5 and count.
+
+PATH is a checkpoint file or a run directory (its latest). DIR holds val/CLASS/image.jpg, test/CLASS/image.jpg or
+CLASS/image.jpg. Works alone and under horovodrun or mpirun, which share the images out.
+"""
+
+import json
+import sys
+from typing import Literal
+
+import jsonargparse
+
+from dist_lars.cli import fail, normalise, typed
+from dist_lars.errors import UserError
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Parse, evaluate, print."""
+    parser = jsonargparse.ArgumentParser(
+        prog="python -m dist_lars.evaluate", description=__doc__, allow_abbrev=False, exit_on_error=False
+    )
+    parser.add_argument("--checkpoint", type=str, required=True, help="a checkpoint file or a run directory")
+    parser.add_argument("--data.path", type=str, required=True, help="the images")
+    parser.add_argument("--data.workers", type=int | None, default=None, help="loader processes per rank")
+    parser.add_argument("--batch", type=int, default=64, help="images per forward pass")
+    parser.add_argument("--device", type=Literal["auto", "cpu", "cuda"], default="auto", help="where to compute")
+    parser.add_argument("--precision", type=Literal["auto", "fp32", "bf16", "fp16"], default="auto", help="number format")
+    try:
+        given = typed(parser, normalise(sys.argv[1:] if argv is None else argv, parser))
+    except UserError as e:
+        fail(e)
+    from dist_lars import api, launch
+    from dist_lars import comm as ranks
+
+    def act(comm: ranks.Comm) -> None:
+        scores = api.evaluate(
+            given["checkpoint"],
+            given["data.path"],
+            batch=given["batch"],
+            workers=given["data.workers"],
+            device=given["device"],
+            precision=given["precision"],
+            comm=comm,
+        )
+        if comm.rank == 0:
+            print(json.dumps(scores._asdict()), flush=True)
+
+    launch.as_job(lambda: ranks.start(cpu=given["device"] != "cuda", deterministic=False), act)
+
+
+if __name__ == "__main__":
+    main()

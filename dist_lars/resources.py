@@ -1,0 +1,93 @@
+"""What this rank may use: its device, its cores, its number format."""
+
+import os
+import socket
+from pathlib import Path
+
+import torch
+
+from dist_lars.comm import Comm
+from dist_lars.errors import UserError
+
+
+def pick_device(wanted: str, local_rank: int) -> torch.device:
+    """The GPU of this rank, or the CPU; a job scheduler that shows each task one GPU makes that one number 0."""
+    if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise UserError("device cuda was asked for, but torch sees no GPU; `python -m dist_lars.doctor` says why")
+    count = torch.cuda.device_count()
+    if count > 1 and local_rank >= count:
+        raise UserError(f"local rank {local_rank} has no GPU: this host has {count}; start at most {count} ranks on it")
+    device = torch.device("cuda", 0 if count == 1 else local_rank)
+    torch.cuda.set_device(device)
+    return device
+
+
+def pick_autocast(wanted: str, device: torch.device) -> torch.dtype | None:
+    """The number format of forward and backward; None is float32 throughout."""
+    if wanted == "fp16" and device.type != "cuda":
+        raise UserError("precision fp16 needs CUDA (loss scaling); on the CPU use bf16 or fp32")
+    chosen = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+    if wanted == "auto":
+        return torch.bfloat16 if has_bf16(device) else None
+    return chosen[wanted]
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether bfloat16 runs in hardware: emulated, it is slower than float32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    try:
+        words = set(Path("/proc/cpuinfo").read_text(encoding="utf-8").split())
+    except OSError:  # not Linux
+        return False
+    return bool({"avx512_bf16", "amx_bf16", "bf16"} & words)
+
+
+def own_cores() -> set[int]:
+    """The cores that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return os.sched_getaffinity(0)
+    return set(range(os.cpu_count() or 1))
+
+
+def cores_per_rank(comm: Comm) -> int:
+    """This rank's share of its host: cores allowed to any rank there, over the ranks that share them.
+
+    `--bind-to none` gives every rank all cores, `--map-by slot` some launchers bind each to its own: the union over
+    the host's ranks covers both. SLURM's word and the container's CPU quota come before it.
+    """
+    told = os.environ.get("SLURM_CPUS_PER_TASK")
+    if told:
+        return max(1, int(told))
+    here = socket.gethostname()
+    shared = [cores for host, cores in comm.gather((here, own_cores()), "cores") if host == here]
+    allowed = min(len(set().union(*shared)), cpu_quota())
+    return max(1, int(allowed) // len(shared))
+
+
+def cpu_quota() -> float:
+    """CPUs that the control group (container) grants; infinite without a limit."""
+    for path, parse in (
+        ("/sys/fs/cgroup/cpu.max", lambda words: float(words[0]) / float(words[1])),
+        ("/sys/fs/cgroup/cpu/cpu.cfs_quota_us", lambda words: float(words[0]) / 100_000),
+    ):
+        try:
+            value = parse(Path(path).read_text(encoding="utf-8").split())
+        except (OSError, ValueError, IndexError):  # absent, or "max"
+            continue
+        if value > 0:
+            return max(1.0, value)
+    return float("inf")
+
+
+def share_cores(cores: int, device: torch.device, workers: int | None) -> tuple[int, int]:
+    """(loader workers, compute threads) of a rank with so many cores, never more than it has.
+
+    A GPU rank computes elsewhere: all cores but one decode. A CPU rank decodes far faster than it trains: a quarter.
+    """
+    if workers is None:
+        workers = min(16, cores - 1) if device.type == "cuda" else cores // 4
+    threads = int(os.environ.get("OMP_NUM_THREADS") or (1 if device.type == "cuda" else max(1, cores - workers)))
+    return workers, threads

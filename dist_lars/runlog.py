@@ -1,0 +1,113 @@
+"""What a run says: one JSON object per line, TensorBoard, status.json, a progress bar. Written by rank 0 only.
+
+`read` is the way back: tests, plots and benchmarks use it and nothing else.
+"""
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any, TextIO
+
+from tqdm import tqdm
+
+from dist_lars.checkpoint import write_aside
+
+
+def read(run_dir: str | Path, kind: str | None = None) -> list[dict[str, Any]]:
+    """The lines of RUN_DIR/log.jsonl, oldest first, those of one kind if it is given (start, train, eval, end)."""
+    text = (Path(run_dir) / "log.jsonl").read_text(encoding="utf-8")
+    lines = [json.loads(line) for line in text.splitlines() if line.endswith("}")]  # a killed job may leave half a line
+    return [line for line in lines if kind in (None, line["kind"])]
+
+
+def write_status(run_dir: str | Path, state: str, **facts: Any) -> None:
+    """RUN_DIR/status.json: running, finished, stopped or failed, with step, reason and time."""
+    content = {"state": state, **facts, "time": _now()}
+    write_aside(Path(run_dir) / "status.json", json.dumps(content, indent=1).encode())
+
+
+def read_status(run_dir: str | Path) -> dict[str, Any] | None:
+    """The content of status.json; None for a directory without one."""
+    try:
+        return json.loads((Path(run_dir) / "status.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+
+
+class RunLog:
+    """Lines for machines, numbers for TensorBoard and a bar for people; with `run_dir=None` (ranks > 0) it is mute."""
+
+    def __init__(self, run_dir: str | Path | None, *, tensorboard: bool, progress: bool) -> None:
+        self.file = None if run_dir is None else (Path(run_dir) / "log.jsonl").open("a", encoding="utf-8")
+        self.board = _board(Path(run_dir) / "tensorboard") if run_dir is not None and tensorboard else None
+        self.progress = progress and run_dir is not None
+        self.bar: Any = None
+
+    def start_bar(self, images_done: int, images_total: int) -> None:
+        """Show progress in images, so that the bar's own rate is images/s and its ETA that of the run."""
+        stream = sys.stderr if sys.stderr.isatty() else _Lines(sys.stderr)
+        self.bar = tqdm(
+            total=images_total,
+            initial=images_done,
+            unit=" images",
+            unit_scale=True,
+            disable=not self.progress,
+            file=stream,
+            mininterval=0.5 if sys.stderr.isatty() else 5,
+            dynamic_ncols=sys.stderr.isatty(),
+        )
+
+    def advance(self, images: int, **shown: float) -> None:
+        """Move the bar on; keyword values stand beside it."""
+        if self.bar is None:
+            return
+        if shown:
+            self.bar.set_postfix({k: f"{v:.4g}" for k, v in shown.items()}, refresh=False)
+        self.bar.update(images)
+
+    def line(self, kind: str, **facts: Any) -> None:
+        """Append one object to log.jsonl; numbers of train and eval lines go to TensorBoard at their step."""
+        if self.file is not None:
+            self.file.write(json.dumps({"kind": kind, "time": _now(), **facts}) + "\n")
+            self.file.flush()
+        if self.board is not None and kind in ("train", "eval"):
+            for name, value in facts.items():
+                if isinstance(value, int | float) and name not in ("step", "epoch"):
+                    self.board.add_scalar(f"{kind}/{name}", value, facts["step"])
+
+    def say(self, text: str) -> None:
+        """Print for people, above the bar."""
+        if self.file is not None:
+            tqdm.write(text, file=sys.stdout)
+            sys.stdout.flush()
+
+    def close(self) -> None:
+        """Close files and the bar."""
+        for resource in (self.bar, self.board, self.file):
+            if resource is not None:
+                resource.close()
+
+
+class _Lines:
+    """A stream for the bar when it is not a terminal: launchers pass on whole lines, not carriage returns."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream = stream
+
+    def write(self, text: str) -> None:
+        if text.strip():
+            self.stream.write(text.strip() + "\n")
+
+    def flush(self) -> None:
+        self.stream.flush()
+
+
+def _board(folder: Path) -> Any:
+    from torch.utils.tensorboard import SummaryWriter  # slow to import: only where it is used
+
+    return SummaryWriter(str(folder))
