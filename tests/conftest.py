@@ -1,0 +1,102 @@
+"""Shared by all tests: real ranks with a time-out, the user's own commands, and a tiny folder of real images."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+BIN = Path(sys.executable).parent  # not resolved: the environment's own bin, where mpirun and horovodrun lie
+
+Finished = subprocess.CompletedProcess
+
+
+def environment(**extra: str) -> dict[str, str]:
+    """What a user's shell would have: the environment's bin first, the source folder importable, one thread a rank."""
+    env = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    if os.geteuid() == 0:  # Open MPI refuses root without these
+        for prefix in ("OMPI", "PRTE"):
+            env |= {f"{prefix}_ALLOW_RUN_AS_ROOT": "1", f"{prefix}_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+    return {**env, **extra}
+
+
+def run_command(words: list[str], timeout: float, cwd: Path | None = None, **extra: str) -> Finished:
+    """Run a command in its own process group; on a time-out the whole group is killed and the test fails."""
+    process = subprocess.Popen(
+        words,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=environment(**extra),
+        cwd=cwd,
+        start_new_session=True,
+    )
+    try:
+        output, _ = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        output, _ = process.communicate()
+        pytest.fail(f"no end after {timeout:g} s: {' '.join(words)}\n{output[-3000:]}")
+    return Finished(words, process.returncode, output, "")
+
+
+@pytest.fixture
+def command(tmp_path: Path) -> Callable[..., Finished]:
+    """`command("python", "-m", ..., timeout=60)` runs the user's own words in an empty folder; output has both streams."""
+
+    def run(*words: str, timeout: float = 120, **extra: str) -> Finished:
+        return run_command(list(words), timeout, cwd=tmp_path, **extra)
+
+    return run
+
+
+MPIRUN = ("mpirun", "--bind-to", "none", "--map-by", ":OVERSUBSCRIBE")
+LAUNCHERS = {
+    "mpirun": (*MPIRUN, "-np"),
+    "horovodrun": ("horovodrun", "-np"),
+    "gloo": ("horovodrun", "--gloo", "-np"),
+}
+
+
+@pytest.fixture
+def launch(tmp_path: Path) -> Callable[..., list[dict[str, Any]]]:
+    """`launch(3, "tests/parallel/worker.py", "arg")` -> one dict per rank, as the worker wrote it.
+
+    Starts real ranks; a worker calls `finish({...})` of tests/parallel/worker_tools.py, which writes
+    $DIST_LARS_TEST_OUT/rankN.json.
+    """
+    calls = iter(range(1000))
+
+    def start(np: int, worker: str, *args: str, timeout: float = 120, launcher: str = "mpirun", **extra: str) -> Any:
+        out = tmp_path / f"launch{next(calls)}"
+        out.mkdir()
+        words = [*LAUNCHERS[launcher], str(np), sys.executable, str(ROOT / worker), *args]
+        done = run_command(words, timeout, cwd=out, DIST_LARS_TEST_OUT=str(out), **extra)
+        assert done.returncode == 0, f"{' '.join(words)} ended with {done.returncode}\n{done.stdout[-5000:]}"
+        return [json.loads((out / f"rank{r}.json").read_text()) for r in range(np)]
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small folder of JPEG files as ImageNet has it: 3 classes that colour tells apart, 24 for training, 11 for val."""
+    root = tmp_path_factory.mktemp("images")
+    rng = np.random.RandomState(0)
+    for split, count in (("train", 24), ("val", 11)):
+        for i in range(count):
+            label = i % 3
+            pixels = rng.randint(0, 120, (40 + i, 50, 3), dtype=np.uint8)
+            pixels[..., label] += 120
+            folder = root / split / f"class{label}"
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(folder / f"{i:03d}.jpg", quality=95)
+    return root
