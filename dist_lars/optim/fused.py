@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dist_lars.optim.tensors import Group
+from dist_lars.optim.tensors import Group, is_dense
 
 #: 512 KiB: two operands and the scratch of one block stay in a second-level cache of 2 MiB.
 BLOCK = 1 << 17
@@ -20,20 +20,14 @@ DOT = 1 << 20
 SMALLEST_GAIN = 2.0**-28
 
 
-def suits(w: Tensor, v: Tensor | None) -> bool:
-    """Are these tensors float32 on the CPU, dense, and in one memory order?"""
-    others = [w.grad] if v is None else [w.grad, v]
-    return (
-        w.device.type == "cpu"
-        and w.dtype == torch.float32
-        and (w.is_contiguous() or (w.dim() == 4 and w.is_contiguous(memory_format=torch.channels_last)))
-        and all(t.dtype == w.dtype and t.stride() == w.stride() and t.device == w.device for t in others)
-    )
+def suits_kind(w: Tensor) -> bool:
+    """Tell whether tensors of this kind come here: float32 on the CPU."""
+    return w.is_cpu and w.dtype == torch.float32
 
 
-def flat(t: Tensor) -> Tensor:
-    """A one-dimensional view in memory order."""
-    return t.as_strided((t.numel(),), (1,))
+def suits_layout(w: Tensor) -> bool:
+    """Tell whether weights and gradient are dense and in one memory order, which the momentum then follows."""
+    return w.grad.stride() == w.stride() and w.grad.dtype == w.dtype and is_dense(w)
 
 
 def measure(ws: list[Tensor], gs: list[Tensor], group: Group) -> tuple[Tensor, Tensor]:
@@ -49,12 +43,17 @@ def measure(ws: list[Tensor], gs: list[Tensor], group: Group) -> tuple[Tensor, T
 
 
 def _square(x: Tensor) -> float:
+    if x.numel() <= DOT:
+        return torch.dot(x, x).item()
     return sum(torch.dot(block, block).item() for block in x.split(DOT))
 
 
 def _squares_of_sum(w: Tensor, g: Tensor, weight_decay: float, scratch: Tensor) -> tuple[float, float]:
     # The sum itself, block by block: |g|^2 + 2 wd <g, w> + wd^2 |w|^2 would be 4 % faster, and loses its digits where
     # the decay balances the gradient, which is where training ends.
+    if w.numel() <= BLOCK:
+        x = torch.add(g, w, alpha=weight_decay)
+        return torch.dot(w, w).item(), torch.dot(x, x).item()
     w_square = x_square = 0.0
     for w_block, g_block in zip(w.split(BLOCK), g.split(BLOCK), strict=True):
         x = torch.add(g_block, w_block, alpha=weight_decay, out=scratch[: w_block.numel()])
@@ -67,30 +66,17 @@ def update(ws: list[Tensor], gs: list[Tensor], vs: list[Tensor], ratios: list[fl
     """One step in place on flat tensors; `vs` is empty without momentum."""
     lr = float(group["lr"])
     gains, rate = (ratios, lr) if group["lr_placement"] == "outside" else ([lr * r for r in ratios], 1.0)
+    fixed = {"weight_decay": group["weight_decay"], "maximize": group["maximize"]}
+    fixed |= {"momentum": group["momentum"], "nesterov": False, "is_first_step": False}
     if not vs:
         for w, g, gain in zip(ws, gs, gains, strict=True):
-            _sgd(w, g, [], group, momentum=0.0, lr=rate * gain, gain=1.0)
+            torch._fused_sgd_([w], [g], [], lr=rate * gain, dampening=0.0, **fixed)
         return
     for w, g, v, gain in zip(ws, gs, vs, gains, strict=True):
         if gain == 0 or gain >= SMALLEST_GAIN:
-            _sgd(w, g, [v], group, momentum=group["momentum"], lr=rate, gain=gain)
+            torch._fused_sgd_([w], [g], [v], lr=rate, dampening=1.0 - gain, **fixed)
         else:
             _exact(w, g, v, group, lr=rate, gain=gain)
-
-
-def _sgd(w: Tensor, g: Tensor, vs: list[Tensor], group: Group, *, momentum: float, lr: float, gain: float) -> None:
-    torch._fused_sgd_(
-        [w],
-        [g],
-        vs,
-        weight_decay=group["weight_decay"],
-        momentum=momentum,
-        lr=lr,
-        dampening=1.0 - gain,
-        nesterov=False,
-        maximize=group["maximize"],
-        is_first_step=False,
-    )
 
 
 def _exact(w: Tensor, g: Tensor, v: Tensor, group: Group, *, lr: float, gain: float) -> None:

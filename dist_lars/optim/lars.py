@@ -11,7 +11,7 @@ from torch.optim.optimizer import Optimizer, ParamsT, required
 
 from dist_lars.optim import foreach, fused
 from dist_lars.optim.laws import DENOMINATORS, PLACEMENTS
-from dist_lars.optim.tensors import Group, LossScale, Ratios, by_kind, labelled, with_gradients
+from dist_lars.optim.tensors import Group, LossScale, Ratios, by_kind, in_memory_order, is_dense, labelled, with_gradients
 
 
 class LARS(Optimizer):
@@ -96,9 +96,10 @@ class LARS(Optimizer):
         """Add a group; what it does not say comes from the constructor's arguments."""
         _check({**self.defaults, **param_group})
         super().add_param_group(param_group)
-        for p in self.param_groups[-1]["params"]:
-            if p.requires_grad:
-                self._velocities([p], self.param_groups[-1])
+        group = self.param_groups[-1]
+        for p in group["params"]:
+            if group["momentum"] and p.requires_grad:
+                self._velocity(p)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -124,38 +125,33 @@ class LARS(Optimizer):
         """
         return labelled(self.param_groups, self._last)
 
-    def _velocities(self, ws: list[Tensor], group: Group) -> list[Tensor]:
-        if group["momentum"] == 0:
-            return []
-        return [self._velocity(w) for w in ws]
-
     def _velocity(self, w: Tensor) -> Tensor:
         v = self.state[w].get("momentum_buffer")
         if v is None:
             v = self.state[w]["momentum_buffer"] = torch.zeros_like(w)
-        elif not _follows(v, w):  # the model changed its memory format or its device after the optimizer was made
+        elif not _follows(v, w):  # the model changed its memory format, device or dtype after the optimizer was made
             v = self.state[w]["momentum_buffer"] = torch.empty_like(w).copy_(v)
         return v
 
     def _update(self, ws: list[Tensor], group: Group, scale: LossScale) -> Iterator[tuple[list[Tensor], Tensor]]:
-        vs = self._velocities(ws, group) or [None] * len(ws)
-        plain = scale.idle and not group["nesterov"]
-        quick = [plain and fused.suits(w, v) for w, v in zip(ws, vs, strict=True)]
-        for chosen, path in ((True, self._on_cpu), (False, self._anywhere)):
-            part = [w for w, q in zip(ws, quick, strict=True) if q is chosen]
-            ratios = path(part, group, scale) if part else None
-            if ratios is not None:
-                yield part, ratios
+        fusible = scale.idle and not group["nesterov"] and fused.suits_kind(ws[0])
+        quick = [w for w in ws if fusible and fused.suits_layout(w)]
+        rest = [w for w in ws if not (fusible and fused.suits_layout(w))] if len(quick) < len(ws) else []
+        if quick and (ratios := self._fused(quick, group)) is not None:
+            yield quick, ratios
+        if rest and (ratios := self._foreach(rest, group, scale)) is not None:
+            yield rest, ratios
 
-    def _on_cpu(self, ws: list[Tensor], group: Group, scale: LossScale) -> Tensor | None:
-        vs = [fused.flat(v) for v in self._velocities(ws, group)]
-        ws, gs = [fused.flat(w) for w in ws], [fused.flat(w.grad) for w in ws]
+    def _fused(self, ws: list[Tensor], group: Group) -> Tensor | None:
+        vs = [in_memory_order(self._velocity(w)) for w in ws] if group["momentum"] else []
+        gs, ws = [in_memory_order(w.grad) for w in ws], [in_memory_order(w) for w in ws]
         ratios = _ratios(*fused.measure(ws, gs, group), group) if group["adapt"] else None
         fused.update(ws, gs, vs, [1.0] * len(ws) if ratios is None else ratios.tolist(), group)
         return ratios
 
-    def _anywhere(self, ws: list[Tensor], group: Group, scale: LossScale) -> Tensor | None:
-        vs, gs = self._velocities(ws, group), [w.grad for w in ws]
+    def _foreach(self, ws: list[Tensor], group: Group, scale: LossScale) -> Tensor | None:
+        vs = [self._velocity(w) for w in ws] if group["momentum"] else []
+        gs = [w.grad for w in ws]
         ratios = _ratios(*foreach.measure(ws, gs, group, scale), group) if group["adapt"] else None
         foreach.update(ws, gs, vs, ratios, group, scale)
         return ratios
@@ -171,7 +167,8 @@ def _ratios(w_norm: Tensor, x_norm: Tensor, group: Group) -> Tensor:
 
 
 def _follows(v: Tensor, w: Tensor) -> bool:
-    return v.device == w.device and (v.stride() == w.stride() or not w.is_contiguous())
+    same = v.dtype == w.dtype and v.device == w.device
+    return same and (v.stride() == w.stride() or not is_dense(w))
 
 
 def _check(group: Group) -> None:
