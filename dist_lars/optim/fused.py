@@ -25,9 +25,9 @@ def suits_kind(w: Tensor) -> bool:
     return w.is_cpu and w.dtype == torch.float32
 
 
-def suits_layout(w: Tensor) -> bool:
+def suits_layout(w: Tensor, g: Tensor) -> bool:
     """Tell whether weights and gradient are dense and in one memory order, which the momentum then follows."""
-    return w.grad.stride() == w.stride() and w.grad.dtype == w.dtype and is_dense(w)
+    return g.stride() == w.stride() and g.dtype == w.dtype and is_dense(w)
 
 
 def measure(ws: list[Tensor], gs: list[Tensor], group: Group) -> tuple[Tensor, Tensor]:
@@ -44,8 +44,8 @@ def measure(ws: list[Tensor], gs: list[Tensor], group: Group) -> tuple[Tensor, T
 
 def _square(x: Tensor) -> float:
     if x.numel() <= DOT:
-        return torch.dot(x, x).item()
-    return sum(torch.dot(block, block).item() for block in x.split(DOT))
+        return float(torch.dot(x, x).item())
+    return float(sum(torch.dot(block, block).item() for block in torch.split(x, DOT)))
 
 
 def _squares_of_sum(w: Tensor, g: Tensor, weight_decay: float, scratch: Tensor) -> tuple[float, float]:
@@ -55,7 +55,7 @@ def _squares_of_sum(w: Tensor, g: Tensor, weight_decay: float, scratch: Tensor) 
         x = torch.add(g, w, alpha=weight_decay)
         return torch.dot(w, w).item(), torch.dot(x, x).item()
     w_square = x_square = 0.0
-    for w_block, g_block in zip(w.split(BLOCK), g.split(BLOCK), strict=True):
+    for w_block, g_block in zip(torch.split(w, BLOCK), torch.split(g, BLOCK), strict=True):
         x = torch.add(g_block, w_block, alpha=weight_decay, out=scratch[: w_block.numel()])
         w_square += torch.dot(w_block, w_block).item()
         x_square += torch.dot(x, x).item()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT, required
 
-from dist_lars.optim.tensors import Group, Ratios, by_kind, labelled, norms, portions, wide, with_gradients
+from dist_lars.optim.tensors import Group, Ratios, by_kind, gradients, labelled, norms, portions, wide, with_gradients
 
 
 class LAMB(Optimizer):
@@ -90,7 +90,7 @@ class LAMB(Optimizer):
 
     def _decayed_direction(self, ws: list[Tensor], group: Group) -> list[Tensor]:
         (beta1, beta2), (ms, vs, steps) = group["betas"], self._moments(ws)
-        gs = [w.grad for w in ws]
+        gs = gradients(ws)
         torch._foreach_mul_(ms, beta1)
         torch._foreach_add_(ms, gs, alpha=(beta1 - 1) if group["maximize"] else (1 - beta1))
         torch._foreach_mul_(vs, beta2)

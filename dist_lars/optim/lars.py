@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import compress
+from operator import not_
 from typing import Any
 
 import torch
@@ -11,7 +13,16 @@ from torch.optim.optimizer import Optimizer, ParamsT, required
 
 from dist_lars.optim import foreach, fused
 from dist_lars.optim.laws import DENOMINATORS, PLACEMENTS
-from dist_lars.optim.tensors import Group, LossScale, Ratios, by_kind, in_memory_order, is_dense, labelled, with_gradients
+from dist_lars.optim.tensors import (
+    Group,
+    LossScale,
+    Ratios,
+    by_kind,
+    in_memory_order,
+    is_dense,
+    labelled,
+    with_gradients,
+)
 
 
 class LARS(Optimizer):
@@ -126,7 +137,7 @@ class LARS(Optimizer):
         return labelled(self.param_groups, self._last)
 
     def _velocity(self, w: Tensor) -> Tensor:
-        v = self.state[w].get("momentum_buffer")
+        v: Tensor | None = self.state[w].get("momentum_buffer")
         if v is None:
             v = self.state[w]["momentum_buffer"] = torch.zeros_like(w)
         elif not _follows(v, w):  # the model changed its memory format, device or dtype after the optimizer was made
@@ -134,27 +145,31 @@ class LARS(Optimizer):
         return v
 
     def _update(self, ws: list[Tensor], group: Group, scale: LossScale) -> Iterator[tuple[list[Tensor], Tensor]]:
-        fusible = scale.idle and not group["nesterov"] and fused.suits_kind(ws[0])
-        quick = [w for w in ws if fusible and fused.suits_layout(w)]
-        rest = [w for w in ws if not (fusible and fused.suits_layout(w))] if len(quick) < len(ws) else []
+        fusible = fused.suits_kind(ws[0]) and scale.idle and not group["nesterov"]
+        fits = [fusible and fused.suits_layout(w, g) for w, g in zip(ws, gradients(ws), strict=True)]
+        quick, rest = list(compress(ws, fits)), list(compress(ws, map(not_, fits)))
         if quick and (ratios := self._fused(quick, group)) is not None:
             yield quick, ratios
         if rest and (ratios := self._foreach(rest, group, scale)) is not None:
             yield rest, ratios
 
-    def _fused(self, ws: list[Tensor], group: Group) -> Tensor | None:
-        vs = [in_memory_order(self._velocity(w)) for w in ws] if group["momentum"] else []
-        gs, ws = [in_memory_order(w.grad) for w in ws], [in_memory_order(w) for w in ws]
+    def _fused(self, parameters: list[Tensor], group: Group) -> Tensor | None:
+        ws, gs = _flat(parameters), _flat(gradients(parameters))
+        vs = _flat([self._velocity(p) for p in parameters]) if group["momentum"] else []
         ratios = _ratios(*fused.measure(ws, gs, group), group) if group["adapt"] else None
         fused.update(ws, gs, vs, [1.0] * len(ws) if ratios is None else ratios.tolist(), group)
         return ratios
 
     def _foreach(self, ws: list[Tensor], group: Group, scale: LossScale) -> Tensor | None:
+        gs = gradients(ws)
         vs = [self._velocity(w) for w in ws] if group["momentum"] else []
-        gs = [w.grad for w in ws]
         ratios = _ratios(*foreach.measure(ws, gs, group, scale), group) if group["adapt"] else None
         foreach.update(ws, gs, vs, ratios, group, scale)
         return ratios
+
+
+def _flat(tensors: list[Tensor]) -> list[Tensor]:
+    return [in_memory_order(t) for t in tensors]
 
 
 def _ratios(w_norm: Tensor, x_norm: Tensor, group: Group) -> Tensor:

@@ -21,11 +21,16 @@ def with_gradients(optimizer: Optimizer) -> list[tuple[Group, list[Tensor]]]:
     """Each group with its parameters that have a gradient; sparse ones are refused before anything is updated."""
     pairs = [(group, [p for p in group["params"] if p.grad is not None]) for group in optimizer.param_groups]
     for group, parameters in pairs:
-        for p in parameters:
-            if p.grad.is_sparse:
+        for p, g in zip(parameters, gradients(parameters), strict=True):
+            if g.is_sparse:
                 name = names(group).get(p, "a parameter")
                 raise RuntimeError(f"{type(optimizer).__name__}: {name} has a sparse gradient; use sparse=False there")
     return pairs
+
+
+def gradients(parameters: list[Tensor]) -> list[Tensor]:
+    """Their gradients; every parameter is known to have one."""
+    return [p.grad for p in parameters if p.grad is not None]
 
 
 def names(group: Group) -> dict[Tensor, str]:
@@ -83,7 +88,7 @@ def _norm_by_rows(t: Tensor) -> Tensor:
     whole = flat.numel() // ROW * ROW
     rows = torch.linalg.vector_norm(flat[:whole].view(-1, ROW), dim=1, dtype=torch.float32)
     rest = torch.linalg.vector_norm(flat[whole:], dtype=torch.float32)
-    return torch.cat([rows, rest.view(1)]).double().norm().float()
+    return torch.linalg.vector_norm(torch.cat([rows, rest.view(1)]).double()).float()
 
 
 def is_dense(t: Tensor) -> bool:

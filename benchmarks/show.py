@@ -1,0 +1,75 @@
+"""Tables and plots of the rows of a record."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+
+def markdown(rows: Iterable[Mapping[str, Any]], columns: Sequence[str] | None = None) -> str:
+    """A Markdown table of the rows; numbers are right-aligned and have three digits."""
+    rows = list(rows)
+    columns = list(columns or dict.fromkeys(key for row in rows for key in row))
+    numeric = [all(isinstance(row.get(c, 0), int | float) for row in rows) for c in columns]
+    lines = [columns, ["---:" if n else "---" for n in numeric]]
+    lines += [[_cell(row.get(c, "")) for c in columns] for row in rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _cell(value: Any) -> str:
+    if not isinstance(value, float) or value == 0:
+        return str(value)
+    digits = max(0, 2 - int(np.floor(np.log10(abs(value)))))
+    return f"{value:.{digits}f}" if abs(value) < 1e6 else f"{value:.3g}"
+
+
+def plot(
+    rows: Sequence[Mapping[str, Any]],
+    path: Path,
+    *,
+    x: str,
+    y: str,
+    series: str | None = None,
+    kind: str = "bar",
+    title: str = "",
+    ylabel: str = "",
+    references: Mapping[str, float] | None = None,
+) -> Path:
+    """Draw `y` over `x` as PNG, one colour per `series`, `kind` "bar" or "line".
+
+    Rows may carry `low` and `high`, which become error bars; `references` are labelled horizontal lines.
+    """
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8, 4.5), dpi=120, layout="constrained")
+    ticks = list(dict.fromkeys(row[x] for row in rows))
+    names = list(dict.fromkeys(row[series] for row in rows)) if series else [None]
+    width = 0.8 / len(names)
+    for i, name in enumerate(names):
+        mine = [row for row in rows if series is None or row[series] == name]
+        values = [row[y] for row in mine]
+        errors = [[row[y] - row.get("low", row[y]) for row in mine], [row.get("high", row[y]) - row[y] for row in mine]]
+        label = None if name is None else str(name)
+        if kind == "line":
+            axes.errorbar([row[x] for row in mine], values, yerr=errors, marker="o", capsize=3, label=label)
+        else:
+            places = [ticks.index(row[x]) + (i + 0.5) * width - 0.4 for row in mine]
+            axes.bar(places, values, width * 0.95, yerr=errors, capsize=2, label=label)
+    if kind == "bar":
+        axes.set_xticks(range(len(ticks)), [str(t) for t in ticks])
+    for label, height in (references or {}).items():
+        axes.axhline(height, color="gray", linestyle=":", linewidth=1)
+        axes.annotate(label, (1.0, height), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8)
+    axes.set(title=title, ylabel=ylabel or y, xlabel="" if kind == "bar" else x)
+    axes.grid(axis="y", alpha=0.3)
+    if series:
+        axes.legend(fontsize=8)
+    figure.savefig(path)
+    plt.close(figure)
+    return path
