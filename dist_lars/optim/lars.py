@@ -18,6 +18,7 @@ from dist_lars.optim.tensors import (
     LossScale,
     Ratios,
     by_kind,
+    gradients,
     in_memory_order,
     is_dense,
     labelled,

@@ -88,7 +88,8 @@ def _norm_by_rows(t: Tensor) -> Tensor:
     whole = flat.numel() // ROW * ROW
     rows = torch.linalg.vector_norm(flat[:whole].view(-1, ROW), dim=1, dtype=torch.float32)
     rest = torch.linalg.vector_norm(flat[whole:], dtype=torch.float32)
-    return torch.linalg.vector_norm(torch.cat([rows, rest.view(1)]).double()).float()
+    total: Tensor = torch.linalg.vector_norm(torch.cat([rows, rest.view(1)]).double())
+    return total.float()
 
 
 def is_dense(t: Tensor) -> bool:
