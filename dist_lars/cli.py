@@ -149,7 +149,7 @@ def typed(parser: jsonargparse.ArgumentParser, argv: list[str]) -> dict[str, Any
 
 def _explain(message: str, argv: list[str]) -> str:
     """The library's message in our words when it is about one option's type."""
-    named = [key for key in LEAVES if f'key "{key}"' in message or f"--{key}:" in message]
+    named = [key for key in LEAVES if f'key "{key}"' in message]
     if not named:
         return message
     key = named[0]

@@ -22,9 +22,9 @@ def augment_generator(seed: int, epoch: int, index: int) -> random.Random:
 
 def train_image(image: Image.Image, rng: random.Random, size: int, min_scale: float, flip: bool) -> np.ndarray:
     """Random resized crop (bilinear, antialiased) and mirror: uint8 [size, size, 3]."""
-    box = crop_box(*image.size, rng, min_scale)
-    image = image.resize((size, size), Image.Resampling.BILINEAR, box=box)
-    pixels = np.asarray(image)
+    # Crop before resizing, as torchvision does: resize(box=) lets the filter see pixels beyond the box.
+    image = image.crop(crop_box(*image.size, rng, min_scale))
+    pixels = np.asarray(image.resize((size, size), Image.Resampling.BILINEAR))
     return pixels[:, ::-1] if flip and rng.random() < 0.5 else pixels
 
 

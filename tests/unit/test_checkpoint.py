@@ -1,0 +1,99 @@
+"""Checkpoints: whole or not there, newest and best kept, foreign ones refused."""
+
+import os
+
+import pytest
+import torch
+
+from dist_lars import checkpoint
+from dist_lars.errors import UserError
+
+
+def save(folder, step, best=False, keep=2, **more):
+    return checkpoint.save(folder, {"step": step, **more}, best=best, keep=keep)
+
+
+def test_latest_best_and_the_newest_k_are_kept(tmp_path):
+    folder = tmp_path / "checkpoints"
+    for step in range(1, 6):
+        save(folder, step, best=step == 2)
+    names = sorted(p.name for p in folder.iterdir())
+    assert names == ["best", "latest", *(f"step-{s:09d}.pt" for s in (2, 4, 5))]
+    assert checkpoint.find(tmp_path) == folder / "step-000000005.pt"
+    assert checkpoint.load(checkpoint.pointed_at(folder, "best"))["step"] == 2
+    assert checkpoint.load(tmp_path)["step"] == 5  # a run directory stands for its latest
+
+
+def test_a_crash_while_saving_leaves_the_old_one(tmp_path, monkeypatch):
+    folder = tmp_path / "checkpoints"
+    save(folder, 1)
+
+    def torn(state, file):
+        file.write(b"half")
+        raise OSError("disk full")
+
+    with monkeypatch.context() as m:
+        m.setattr(torch, "save", torn)
+        with pytest.raises(OSError, match="disk full"):
+            save(folder, 2)
+    assert checkpoint.load(tmp_path)["step"] == 1
+    save(folder, 3)
+    assert not [p for p in folder.iterdir() if p.name.startswith(".")]  # the leftover is gone
+
+
+def test_a_crash_between_file_and_pointer_leaves_the_old_one(tmp_path, monkeypatch):
+    folder = tmp_path / "checkpoints"
+    save(folder, 1)
+    with monkeypatch.context() as m:
+        m.setattr(checkpoint, "write_aside", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+        with pytest.raises(KeyboardInterrupt):
+            save(folder, 2)
+    assert checkpoint.load(tmp_path)["step"] == 1
+
+
+def test_files_reach_the_disk_before_their_names(tmp_path, monkeypatch):
+    events = []
+    real_fsync, real_replace = os.fsync, type(tmp_path).replace
+    monkeypatch.setattr(os, "fsync", lambda fd: (events.append("fsync"), real_fsync(fd))[1])
+    monkeypatch.setattr(
+        type(tmp_path), "replace", lambda a, b: (events.append(f"rename {b.name}"), real_replace(a, b))[1]
+    )
+    save(tmp_path, 7)
+    assert events == ["fsync", "rename step-000000007.pt", "fsync", "fsync", "rename latest"]
+
+
+def test_a_checkpoint_cannot_run_code(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path}/ran",)
+
+    torch.save({"format": checkpoint.FORMAT, "x": Evil()}, tmp_path / "evil.pt")
+    with pytest.raises(UserError, match="cannot be read"):
+        checkpoint.load(tmp_path / "evil.pt")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_what_is_not_a_checkpoint_is_refused(tmp_path):
+    (tmp_path / "text.pt").write_text("hello")
+    torch.save([1, 2], tmp_path / "list.pt")
+    whole = save(tmp_path, 1)
+    (tmp_path / "half.pt").write_bytes(whole.read_bytes()[:300])
+    for name, message in {
+        "text.pt": "cannot be read",
+        "half.pt": "cannot be read",
+        "list.pt": "not a dist_lars checkpoint",
+        "none.pt": "does not exist",
+    }.items():
+        with pytest.raises(UserError, match=message):
+            checkpoint.load(tmp_path / name)
+    with pytest.raises(UserError, match="holds no checkpoint"):
+        (tmp_path / "empty").mkdir()
+        checkpoint.load(tmp_path / "empty")
+
+
+def test_weights_of_another_model_are_named():
+    model = torch.nn.Linear(3, 2)
+    with pytest.raises(UserError, match=r"x.pt is of another model: 1 of 2 tensors differ, first weight: \(2, 4\)"):
+        checkpoint.load_weights(model, {"weight": torch.zeros(2, 4), "bias": torch.zeros(2)}, "x.pt")
+    with pytest.raises(UserError, match="first extra: .* absent in the model"):
+        checkpoint.load_weights(model, {**model.state_dict(), "extra": torch.zeros(1)}, "x.pt")
