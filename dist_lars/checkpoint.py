@@ -82,10 +82,12 @@ def load(path: str | Path) -> dict[str, Any]:
         if found is None:
             raise UserError(f"{path} holds no checkpoint; expected {path}/checkpoints/latest, or name a .pt file")
         path = found
+    if not path.is_file():
+        raise UserError(f"checkpoint {path} does not exist")
+    if not zipfile.is_zipfile(path):  # torch's reader may raise anything on bytes that are none of its own
+        raise UserError(f"checkpoint {path} cannot be read: not a checkpoint, or cut short")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as e:
-        raise UserError(f"checkpoint {path} does not exist") from e
     except (RuntimeError, EOFError, OSError, pickle.UnpicklingError, zipfile.BadZipFile) as e:
         raise UserError(f"checkpoint {path} cannot be read: {str(e).splitlines()[0]}") from e
     if not isinstance(state, dict) or state.get("format") != FORMAT:

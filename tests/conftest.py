@@ -66,24 +66,28 @@ LAUNCHERS = {
 }
 
 
-@pytest.fixture
-def launch(tmp_path: Path) -> Callable[..., list[dict[str, Any]]]:
-    """`launch(3, "tests/parallel/worker.py", "arg")` -> one dict per rank, as the worker wrote it.
+def start_ranks(folder: Path, np: int, worker: str, *args: str, timeout: float = 120, launcher: str = "mpirun",
+                **extra: str) -> list[dict[str, Any]]:  # fmt: skip
+    """Run WORKER on real ranks and return one dict per rank, as the worker wrote it.
 
-    Starts real ranks; a worker calls `finish({...})` of tests/parallel/worker_tools.py, which writes
-    $DIST_LARS_TEST_OUT/rankN.json.
+    A worker calls `finish(rank, {...})` of tests/parallel/worker_tools.py, which writes $DIST_LARS_TEST_OUT/rankN.json.
     """
-    calls = iter(range(1000))
+    words = [*LAUNCHERS[launcher], str(np), sys.executable, str(ROOT / worker), *args]
+    done = run_command(words, timeout, cwd=folder, DIST_LARS_TEST_OUT=str(folder), **extra)
+    assert done.returncode == 0, f"{' '.join(words)} ended with {done.returncode}\n{done.stdout[-5000:]}"
+    return [json.loads((folder / f"rank{r}.json").read_text()) for r in range(np)]
 
-    def start(np: int, worker: str, *args: str, timeout: float = 120, launcher: str = "mpirun", **extra: str) -> Any:
-        out = tmp_path / f"launch{next(calls)}"
-        out.mkdir()
-        words = [*LAUNCHERS[launcher], str(np), sys.executable, str(ROOT / worker), *args]
-        done = run_command(words, timeout, cwd=out, DIST_LARS_TEST_OUT=str(out), **extra)
-        assert done.returncode == 0, f"{' '.join(words)} ended with {done.returncode}\n{done.stdout[-5000:]}"
-        return [json.loads((out / f"rank{r}.json").read_text()) for r in range(np)]
 
-    return start
+@pytest.fixture
+def launch(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[dict[str, Any]]]:
+    """`launch(3, "tests/parallel/worker_x.py", "arg")` -> one dict per rank; see `start_ranks`."""
+    return lambda *args, **kwargs: start_ranks(tmp_path_factory.mktemp("ranks"), *args, **kwargs)
+
+
+@pytest.fixture(scope="module")
+def launch_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[dict[str, Any]]]:
+    """`launch` for module fixtures: starting ranks is what costs, so many tests read one launch."""
+    return lambda *args, **kwargs: start_ranks(tmp_path_factory.mktemp("ranks"), *args, **kwargs)
 
 
 @pytest.fixture(scope="session")
