@@ -21,20 +21,25 @@ def update(
     ws: list[Tensor], gs: list[Tensor], vs: list[Tensor], ratios: Tensor | None, group: Group, scale: LossScale
 ) -> None:
     """One step in place: `ratios` None is a ratio of 1 for all, `vs` is empty without momentum."""
-    lr = group["lr"]
-    inside = group["lr_placement"] == "inside"
-    for s in portions(ws):
-        step = _decayed(ws[s], gs[s], group, scale)
-        if ratios is not None:
-            torch._foreach_mul_(step, (lr * ratios[s] if inside else ratios[s]).unbind())
-        elif inside:
-            torch._foreach_mul_(step, lr)
-        scale.cancel_(step)
-        if vs:
-            _accelerate_(step, vs[s], group, scale)
-        if not inside:
-            torch._foreach_mul_(step, lr)
-        torch._foreach_sub_(ws[s], step)
+    for s in portions(ws):  # a call each: the temporaries of one portion are gone before those of the next
+        _update_portion(ws[s], gs[s], vs[s], None if ratios is None else ratios[s], group, scale)
+
+
+def _update_portion(
+    ws: list[Tensor], gs: list[Tensor], vs: list[Tensor], ratios: Tensor | None, group: Group, scale: LossScale
+) -> None:
+    lr, inside = group["lr"], group["lr_placement"] == "inside"
+    step = _decayed(ws, gs, group, scale)
+    if ratios is not None:
+        torch._foreach_mul_(step, (lr * ratios if inside else ratios).unbind())
+    elif inside:
+        torch._foreach_mul_(step, lr)
+    scale.cancel_(step)
+    if vs:
+        _accelerate_(step, vs, group, scale)
+    if not inside:
+        torch._foreach_mul_(step, lr)
+    torch._foreach_sub_(ws, step)
 
 
 def _decayed(ws: list[Tensor], gs: list[Tensor], group: Group, scale: LossScale) -> list[Tensor]:

@@ -15,7 +15,7 @@ LEVELS = [
     ["engine", "resources"],
     ["run"],
     ["api", "launch"],
-    ["train", "evaluate", "doctor", "build_horovod", "build_facts", "pillow_simd"],
+    ["train", "evaluate", "doctor", "build_horovod", "build_facts", "build_log", "pillow_simd", "doctor_host"],
 ]
 LEVEL = {room: n for n, rooms in enumerate(LEVELS) for room in rooms}
 
