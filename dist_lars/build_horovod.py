@@ -18,9 +18,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-import tarfile
 import tempfile
-import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -34,33 +32,14 @@ from dist_lars.build_facts import (
     compiler_env,
     digest,
     facts,
+    gpu_asked,
     installed_build,
     key_of,
     mpi_library_folders,
 )
+from dist_lars.build_log import explain, run_logged
 
 GIB = 2**30
-
-CAUSES = (
-    (r"No space left on device|Disk quota exceeded", "the disk is full: free 1 GB, or point TMPDIR elsewhere"),
-    (
-        r"Killed signal|Killed\b.*cc1plus|virtual memory exhausted|Cannot allocate memory",
-        "the compiler ran out of memory: try again with MAKEFLAGS=-j1 (it takes up to 2 GB a job)",
-    ),
-    (r"Python\.h: No such file", "the headers of Python are missing: apt install python3-dev"),
-    (
-        r"C\+\+\d+ or later compatible compiler|unrecognized command.line option .-std|CXX_STANDARD is set to",
-        "this compiler does not know the C++ standard that torch asks for: C++20 needs GCC 11 or Clang 14",
-    ),
-    (r"No CMAKE_CXX_COMPILER could be found", "there is no C++ compiler: apt install g++, or set CXX"),
-    (r"Could NOT find MPI", "CMake cannot use this MPI: does MPI_HOME/bin/mpicxx compile a program?"),
-    (r"Could NOT find NCCL", "NCCL's headers and library were not found: set HOROVOD_NCCL_HOME"),
-    (r"Could NOT find CUDAToolkit|No CUDA toolset|nvcc: not found", "no CUDA toolkit: set HOROVOD_CUDA_HOME"),
-    (r"does not support CUDA", "GPU operations were asked for, but this torch is a CPU build"),
-    (r"No module named 'torch'|Could NOT find Pytorch", "torch is not installed in this environment"),
-    (r"CMake [\d.]+ or higher is required", "CMake is too old: pip install cmake"),
-)
-
 
 # --- what must be there ----------------------------------------------------------------------
 
@@ -106,8 +85,7 @@ def source(work: Path) -> Path:
     found = digest(sdist.read_bytes())
     if found != SDIST_SHA256:
         raise BuildError(f"{sdist} is not Horovod's {VERSION} release: its SHA-256 is {found}, not {SDIST_SHA256}")
-    with tarfile.open(sdist) as archive:
-        archive.extractall(work, filter="data")
+    shutil.unpack_archive(sdist, work, "gztar")
     root = work / f"horovod-{VERSION}"
     apply_patch(root, PATCH.read_text())
     return root
@@ -159,11 +137,14 @@ def build_env(build: dict[str, Any], headers: Iterable[Path]) -> dict[str, str]:
     home = Path(build["mpi_home"] or sys.prefix)
     outside = mpi_library_folders(home) if build["mpi_home"] else []
     cpath = [*map(str, headers), *filter(None, [os.environ.get("CPATH")])]
+    cuda = os.environ.get("HOROVOD_CUDA_HOME")
     return {
         **compiler_env(),
         "CXX": compiler(),
         "PATH": build_path(home),
         **({"CPATH": os.pathsep.join(cpath)} if cpath else {}),
+        # torch looks for CUDA by another name.
+        **({"CUDA_HOME": cuda} if cuda else {}),
         "MAKEFLAGS": os.environ.get("MAKEFLAGS") or f"-j{jobs()}",
         "MPI_HOME": str(home),
         "HOROVOD_MPI_LIBDIR": ";".join(outside),
@@ -174,6 +155,17 @@ def build_env(build: dict[str, Any], headers: Iterable[Path]) -> dict[str, str]:
         **{f"HOROVOD_{name}": "1" for name in ("WITH_PYTORCH", "WITH_MPI", "WITH_GLOO")},
         **{f"HOROVOD_{name}": "1" for name in ("WITHOUT_TENSORFLOW", "WITHOUT_MXNET")},
     }
+
+
+def torch_nccl(work: Path) -> dict[str, str]:
+    """Where GPU operations are asked for: torch's own NCCL, unless another is named; a process should hold one."""
+    home = Path(sysconfig.get_path("purelib"), "nvidia/nccl")
+    named = any(name.startswith("HOROVOD_NCCL") for name in os.environ)
+    if named or not gpu_asked() or not home.exists():
+        return {}
+    # The wheel lacks the name that a linker looks for.
+    (work / "libnccl.so").symlink_to(home / "lib/libnccl.so.2")
+    return {"HOROVOD_NCCL_HOME": str(home), "HOROVOD_NCCL_LIB": str(work), "HOROVOD_NCCL_LINK": "SHARED"}
 
 
 def jobs() -> int:
@@ -187,48 +179,13 @@ def compile_wheel(build: dict[str, Any], log: Path) -> Path:
     with tempfile.TemporaryDirectory(prefix="horovod-") as name:
         work = Path(name)
         check_tools(work)
-        env = build_env(build, header_folders(work))
+        env = build_env(build, header_folders(work)) | torch_nccl(work)
         root = source(work)
         (root / "horovod/build.json").write_text(json.dumps(build, indent=2))
         command = [*pip(), "wheel", "-v", "--no-index", "--no-deps", "--no-build-isolation", "-w", str(work), str(root)]
         if run_logged(command, env, log):
             raise BuildError(f"{explain(log.read_text())}\nThe whole log: {log}")
         return store(next(work.glob("horovod-*.whl")), log.parent)
-
-
-def run_logged(command: list[str], env: dict[str, str], log: Path) -> int:
-    """Run the build with its output in a file; show the percentage that make reports."""
-    start, shown, live = time.monotonic(), -10, sys.stderr.isatty()
-    with log.open("w") as file, subprocess.Popen(
-        command, env=env, text=True, errors="replace", stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    ) as process:  # fmt: skip
-        assert process.stdout
-        for line in process.stdout:
-            file.write(line)
-            percent = re.match(r"\s*\[\s*(\d+)%\]", line)
-            if percent and int(percent[1]) >= shown + (1 if live else 10):
-                shown = int(percent[1])
-                end = "\r" if live else "\n"
-                print(f"building Horovod: {shown:3} %, {time.monotonic() - start:3.0f} s", end=end, file=sys.stderr)
-    print(end="\n" if live else "", file=sys.stderr)
-    return process.returncode
-
-
-def explain(log: str) -> str:
-    """The likely cause of a failed build and the last lines of its log."""
-    cause = next((text for pattern, text in CAUSES if re.search(pattern, log)), "not a known cause: read the log")
-    # After an error make and pip say little more than that there was one.
-    lines = [line[:300] for line in log.splitlines() if line.strip()]
-    errors = [i for i, line in enumerate(lines) if re.search(r"error\b", line, re.I)]
-    end = min(len(lines), errors[0] + 5) if errors else len(lines)
-    return "\n".join(
-        [
-            "Horovod's build failed. The lines around the first error:",
-            *lines[max(0, end - 25) : end],
-            "",
-            f"Likely cause: {cause}",
-        ]
-    )
 
 
 # --- the cache -------------------------------------------------------------------------------
@@ -254,7 +211,7 @@ def cached_wheel(key: str, pattern: str) -> Path | None:
 
 def install(wheel: Path) -> None:
     """Replace whatever Horovod is there; pip alone keeps an equal version number."""
-    subprocess.run([*pip(), "uninstall", "-q", "-y", "horovod"], check=True)
+    subprocess.run([*pip(), "uninstall", "-qq", "-y", "horovod"], check=True)
     subprocess.run([*pip(), "install", "-q", str(wheel)], check=True)
 
 

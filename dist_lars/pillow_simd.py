@@ -62,7 +62,7 @@ def replace_pillow() -> None:
     """Install the wheel in the place of Pillow; build it first, so that a failure changes nothing."""
     key = f"pillow-simd-{VERSION}-avx2-{sysconfig.get_config_var('SOABI')}"
     wheel = cached_wheel(key, "pillow_simd-*.whl") or build(cache() / key)
-    subprocess.run([*pip(), "uninstall", "-q", "-y", "pillow", "pillow-simd"], check=True)
+    subprocess.run([*pip(), "uninstall", "-qq", "-y", "pillow", "pillow-simd"], check=True)
     subprocess.run([*pip(), "install", "-q", "--no-deps", str(wheel)], check=True)
 
 
