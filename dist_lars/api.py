@@ -6,7 +6,6 @@ result = api.train(load_config("quickstart", overrides={"epochs": 3}))
 print(api.evaluate(result.run_dir, "path/to/images"))
 """
 
-import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,7 +15,7 @@ from torch import nn
 from dist_lars import checkpoint, data, engine, models, optim
 from dist_lars import comm as ranks
 from dist_lars.comm import AgreedError, Comm
-from dist_lars.config import Config, as_flat, from_flat
+from dist_lars.config import Config, as_flat, data_path, from_flat
 from dist_lars.errors import UserError
 from dist_lars.plan import Plan, make_plan
 from dist_lars.resources import cores_per_rank, pick_autocast, pick_device, share_cores
@@ -84,13 +83,8 @@ def open_sets(config: Config, comm: Comm) -> data.Sets:
         return data.synthetic_sets(
             train=d.train_images, val=d.val_images, classes=d.classes, image_size=d.image_size, seed=config.seed
         )
-    path = _digits(comm, d.image_size) if d.kind == "digits" else d.path or os.environ.get("DIST_LARS_DATA")
-    if not path:
-        raise AgreedError(
-            "no data: name an image folder (PATH/train/CLASS/image.jpg and PATH/val/CLASS/image.jpg) with --data.path "
-            "PATH or $DIST_LARS_DATA; `--preset quickstart` needs none, `--data.kind synthetic` takes random images"
-        )
-    train_index, val_index = ranks.on_first_rank(comm, lambda: data.list_folders(path, d.val), "data index")
+    path = _digits(comm, d.image_size) if d.kind == "digits" else data_path(config)
+    train_index, val_index = ranks.on_first_rank(comm, lambda: data.list_folders(str(path), d.val), "data index")
     return data.folder_sets(
         train_index,
         val_index,
@@ -114,7 +108,8 @@ def make_job(
 ) -> engine.Job:
     """Model, optimizer and gradient averaging of one rank, freshly initialised from torch's current seed."""
     model = models.build(config.model.name, num_classes=classes)
-    model = model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    layout = torch.channels_last if config.model.channels_last else torch.contiguous_format
+    model = model.to(device=device, memory_format=layout)  # type: ignore[call-overload]
     return engine.Job(
         model=model,
         optimizer=make_optimizer(config, model, plan.rate.peak),

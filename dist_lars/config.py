@@ -7,9 +7,10 @@ node can check a job.
 import dataclasses
 import difflib
 import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal, NoReturn, Optional, get_type_hints
+from typing import Any, Literal, NoReturn, get_type_hints
 
 import yaml
 
@@ -45,6 +46,7 @@ class Model:
     name: Literal["alexnet", "resnet18", "resnet34", "resnet50", "resnet101", "resnet152"] = option(
         "resnet18", "the architecture; alexnet is the network of 2012"
     )
+    channels_last: bool = option(True, "keep weights channels-last in memory, as fast convolutions want them")
 
 
 @dataclass(frozen=True)
@@ -265,6 +267,19 @@ def plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {k: plain(v) for k, v in value.items()}
     return [plain(v) for v in value] if isinstance(value, list | tuple) else value
+
+
+def data_path(config: Config) -> str | None:
+    """The image folder of this run: data.path, else $DIST_LARS_DATA; None where the kind of data needs none."""
+    if config.data.kind != "folder":
+        return None
+    path = config.data.path or os.environ.get("DIST_LARS_DATA")
+    if not path:
+        raise UserError(
+            "no data: name an image folder (PATH/train/CLASS/image.jpg and PATH/val/CLASS/image.jpg) with --data.path "
+            "PATH or $DIST_LARS_DATA; `--preset quickstart` needs none, `--data.kind synthetic` takes random images"
+        )
+    return path
 
 
 def unknown(key: str, known: list[str]) -> NoReturn:

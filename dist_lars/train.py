@@ -10,7 +10,7 @@ import sys
 from typing import Any
 
 from dist_lars.cli import fail, make_parser, parse
-from dist_lars.config import Config
+from dist_lars.config import Config, data_path
 from dist_lars.errors import UserError
 from dist_lars.plan import describe, make_plan
 
@@ -25,6 +25,7 @@ def main(argv: list[str] | None = None) -> None:
         config, extra = parse(sys.argv[1:] if argv is None else argv, parser)
         if extra["dry_run"]:
             return dry_run(config, extra)
+        data_path(config)
     except UserError as e:
         fail(e)
     from dist_lars import api, launch  # torch takes seconds to import: a plan or a wrong option need not wait for it

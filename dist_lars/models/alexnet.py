@@ -20,6 +20,7 @@ def alexnet(num_classes: int = 1000) -> nn.Module:
         *_stage(384, 256, kernel=3, padding=1, groups=2, pool=True, bias=1.0),
     ]
     classifier = [
+        nn.AdaptiveAvgPool2d(6),  # the identity at 224 and 227 px; other sizes work too
         nn.Flatten(),
         nn.Dropout(0.5),
         _initialised(nn.Linear(256 * 6 * 6, 4096), 1.0),

@@ -1,0 +1,44 @@
+"""One failing rank ends the whole job soon, is named, and the exit code is not zero."""
+
+import re
+import sys
+import time
+
+import pytest
+
+from tests.conftest import LAUNCHERS, ROOT
+
+pytestmark = pytest.mark.launch
+WORKER = str(ROOT / "tests" / "launch" / "worker_raise.py")
+CASES = {
+    "exception": (1, r"error: rank 1 of 2 on \S+ failed: RuntimeError: the sky fell"),
+    "user_error": (0, r"error: this disk is full \(rank 0 of 2 on \S+\)"),
+    "kill": (1, r"(?i)signal 9|signal: killed|exit"),
+}
+
+
+@pytest.mark.parametrize("launcher", list(LAUNCHERS))
+@pytest.mark.parametrize("how", list(CASES))
+def test_one_failing_rank_ends_the_job(command, launcher, how):
+    who, message = CASES[how]
+    before = time.monotonic()
+    done = command(*LAUNCHERS[launcher], "2", sys.executable, WORKER, how, str(who), timeout=60)
+    assert time.monotonic() - before < 30
+    assert done.returncode != 0
+    assert re.search(message, done.stdout), done.stdout[-3000:]
+
+
+def test_an_image_that_one_rank_cannot_read_is_named(command, image_folder, tmp_path):
+    import shutil
+
+    shutil.copytree(image_folder, tmp_path / "images")
+    broken = tmp_path / "images" / "train" / "class1" / "004.jpg"
+    broken.write_bytes(broken.read_bytes()[:200])
+    done = command(
+        *LAUNCHERS["mpirun"], "2", "python", "-m", "dist_lars.train", "--preset", "quickstart",
+        "--data.kind", "folder", "--data.path", str(tmp_path / "images"), "--batch_size", "8", "--micro_batch", "4",
+        "--run_dir", "r", timeout=90,
+    )  # fmt: skip
+    assert done.returncode != 0
+    assert re.search(r"error: cannot read image \S+/train/class1/004\.jpg: .* \(rank [01] of 2 on", done.stdout)
+    assert '"state": "failed"' in (tmp_path / "r" / "status.json").read_text()
