@@ -5,7 +5,7 @@
 What is compared, all in one run and in turn, ResNet-18 at 224 px, one compute thread per rank:
 
 - ours with its defaults, in float32 with contiguous weights, and with `comm.deterministic`, on real JPEG files;
-- the peer: Horovod's own ImageNet example (examples/pytorch/pytorch_imagenet_resnet50.py of github.com/horovod/horovod),
+- the peer: Horovod's own ImageNet example (github.com/horovod/horovod, examples/pytorch/pytorch_imagenet_resnet50.py),
   with ResNet-18 for ResNet-50 and one thread for four, and a clock around its `train(epoch)`;
 - ours on synthetic images, and the bare loop that it can at best be: forward, backward, LARS step on one fixed batch.
 
@@ -18,7 +18,6 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +72,7 @@ def main() -> None:
 
 
 def unpack(samples: Path, folder: Path) -> Path:
-    """The sample as an image folder, each file under COPIES names: train/CLASS/ and one image per class in val/CLASS/."""
+    """The sample as an image folder, each file under COPIES names in train/CLASS/ and under one in val/CLASS/."""
     root = folder / "images"
     with tarfile.open(Path(samples) / "imagenet_sample.tar") as archive:
         archive.extractall(folder / "flat", filter="data")

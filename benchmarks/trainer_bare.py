@@ -2,8 +2,8 @@
 
     python -m benchmarks.trainer_bare BATCH STEPS none|reducer|wrapper true|false
 
-The third word is who averages the gradients: nobody, our `Reducer`, or `hvd.DistributedOptimizer`; the fourth is whether
-weights are channels-last, which the wrapper refuses.
+The third word is who averages the gradients: nobody, our `Reducer`, or `hvd.DistributedOptimizer`; the fourth is
+whether weights are channels-last, which the wrapper refuses.
 """
 
 import sys

@@ -23,12 +23,12 @@ from dist_lars.run import Result, Run, open_run_dir, restore, resume_path
 
 
 class Scores(NamedTuple):
-    """Means over `count` images; top-k in percent."""
+    """Means over `images` images; top-k in percent."""
 
     loss: float
     top1: float
     top5: float
-    count: int
+    images: int
 
 
 def train(config: Config, comm: Comm | None = None) -> Result:
@@ -170,13 +170,16 @@ def evaluate(
     cores, threads = share_cores(cores_per_rank(comm), place, workers)
     torch.set_num_threads(threads)
     index = ranks.on_first_rank(comm, lambda: data.index_folder(data.val_folder(path)), "data index")
-    if not isinstance(model, nn.Module):
-        model, image_size, resize = _from_checkpoint(model, index)
-    model = model.to(device=place, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if isinstance(model, nn.Module):
+        net = model
+    else:
+        net, image_size, resize = _from_checkpoint(model, index)
+    net = net.to(device=place, memory_format=torch.channels_last)  # type: ignore[call-overload]
     mine = data.ValOrder(data.validation_range(len(index), comm.rank, comm.size), batch)
     images = data.val_images(index, image_size, resize)
     batches = data.batches(images, mine, cores, pin=place.type == "cuda")
-    return Scores(**engine.evaluate(model, batches, comm, place, pick_autocast(precision, place), len(index)))  # type: ignore[arg-type]
+    got = engine.evaluate(net, batches, comm, place, pick_autocast(precision, place), len(index))
+    return Scores(got["loss"], got["top1"], got["top5"], len(index))
 
 
 def _from_checkpoint(path: str | Path, index: data.Index) -> tuple[nn.Module, int, int]:

@@ -94,7 +94,7 @@ class HorovodComm:
     """The ranks that horovodrun, mpirun or srun started."""
 
     def __init__(self) -> None:
-        import horovod.torch as hvd  # type: ignore[import-untyped]
+        import horovod.torch as hvd
 
         hvd.init()
         self.hvd = hvd
@@ -249,7 +249,7 @@ def sync_parameters(model: nn.Module, comm: Comm) -> None:
 def checksum(model: nn.Module) -> list[float]:
     """Two float64 sums over all parameters; equal replicas have equal ones."""
     flat = [p.detach().double() for p in model.parameters()]
-    return torch.stack([sum(p.sum() for p in flat), sum(p.abs().sum() for p in flat)]).tolist()  # type: ignore[arg-type]
+    return torch.stack([torch.stack([p.sum(), p.abs().sum()]) for p in flat]).sum(0).tolist()
 
 
 def float_buffers(model: nn.Module) -> list[torch.Tensor]:

@@ -8,7 +8,7 @@ import dataclasses
 import difflib
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NoReturn, get_type_hints
 
@@ -173,7 +173,7 @@ def _check(c: Config) -> None:
         )
 
 
-def _require(values: dict[str, float], rule: Callable[[float], bool], text: str) -> None:
+def _require(values: Mapping[str, float], rule: Callable[[float], bool], text: str) -> None:
     for name, value in values.items():
         if not rule(value):
             raise UserError(f"{name} is {value}, but it {text}")
@@ -201,7 +201,7 @@ def _leaves() -> dict[str, Leaf]:
         types = get_type_hints(cls)
         for f in dataclasses.fields(cls):
             if dataclasses.is_dataclass(types[f.name]):
-                visit(types[f.name], f.name)  # type: ignore[arg-type]
+                visit(types[f.name], f.name)
                 continue
             key = f"{group}." * bool(group) + (f.metadata["key"] or f.name)
             found[key] = Leaf(key, group, f.name, types[f.name], f.default, f.metadata["help"])
@@ -237,7 +237,7 @@ def to_yaml(config: Config) -> str:
         group, _, name = key.rpartition(".")
         target = nested.setdefault(group, {}) if group else nested
         target[name] = plain(value)
-    return yaml.safe_dump(nested, sort_keys=False)
+    return str(yaml.safe_dump(nested, sort_keys=False))
 
 
 def flat_yaml(text: str, origin: str) -> dict[str, Any]:

@@ -24,7 +24,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--data.workers", type=int | None, default=None, help="loader processes per rank")
     parser.add_argument("--batch", type=int, default=64, help="images per forward pass")
     parser.add_argument("--device", type=Literal["auto", "cpu", "cuda"], default="auto", help="where to compute")
-    parser.add_argument("--precision", type=Literal["auto", "fp32", "bf16", "fp16"], default="auto", help="number format")
+    formats = Literal["auto", "fp32", "bf16", "fp16"]
+    parser.add_argument("--precision", type=formats, default="auto", help="number format")
     try:
         given = typed(parser, normalise(sys.argv[1:] if argv is None else argv, parser))
     except UserError as e:
@@ -43,7 +44,8 @@ def main(argv: list[str] | None = None) -> None:
             comm=comm,
         )
         if comm.rank == 0:
-            print(json.dumps(scores._asdict()), flush=True)
+            facts = {"loss": scores.loss, "top1": scores.top1, "top5": scores.top5, "count": scores.images}
+            print(json.dumps(facts), flush=True)
 
     launch.as_job(lambda: ranks.start(cpu=given["device"] != "cuda", deterministic=False), act)
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import yaml
 
 from dist_lars import checkpoint, data, engine
 from dist_lars import comm as ranks
@@ -37,8 +36,8 @@ def open_run_dir(config: Config) -> Path:
         different = differences(flat_yaml(stored.read_text(encoding="utf-8"), str(stored)), as_flat(config))
         if different:
             raise UserError(
-                f"run directory {run_dir} holds another run ({_list(different)}); choose another --run_dir, or give the "
-                f"options of {stored} to continue it"
+                f"run directory {run_dir} holds another run ({_list(different)}); choose another --run_dir, or give "
+                f"the options of {stored} to continue it"
             )
         if config.resume.start == "never" and checkpoint.find(run_dir):
             raise UserError(

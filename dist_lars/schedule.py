@@ -50,11 +50,11 @@ def lr_at(step: int, rate: Rate) -> float:
         return rate.start + (rate.peak - rate.start) * (step + 1) / rate.warmup_steps
     t = min(1.0, (step - rate.warmup_steps) / rate.decay_steps) if rate.decay_steps else 1.0
     if rate.decay == "poly":
-        return rate.end + (rate.peak - rate.end) * (1 - t) ** rate.power
+        return rate.end + (rate.peak - rate.end) * math.pow(1 - t, rate.power)
     if rate.decay == "cosine":
         return rate.end + (rate.peak - rate.end) * (1 + math.cos(math.pi * t)) / 2
     if rate.decay == "step":
-        return max(rate.end, rate.peak * rate.gamma ** sum(step >= m for m in rate.milestones))
+        return max(rate.end, rate.peak * math.pow(rate.gamma, sum(step >= m for m in rate.milestones)))
     if rate.decay == "constant":
         return rate.peak
     raise ValueError(f"decay {rate.decay!r} is not one of poly, cosine, step, constant")

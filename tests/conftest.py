@@ -50,7 +50,7 @@ def run_command(words: list[str], timeout: float, cwd: Path | None = None, **ext
 
 @pytest.fixture
 def command(tmp_path: Path) -> Callable[..., Finished]:
-    """`command("python", "-m", ..., timeout=60)` runs the user's own words in an empty folder; output has both streams."""
+    """`command("python", "-m", ..., timeout=60)` runs the user's own words in an empty folder."""
 
     def run(*words: str, timeout: float = 120, **extra: str) -> Finished:
         return run_command(list(words), timeout, cwd=tmp_path, **extra)
@@ -92,7 +92,7 @@ def launch_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[
 
 @pytest.fixture(scope="session")
 def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small folder of JPEG files as ImageNet has it: 3 classes that colour tells apart, 24 for training, 11 for val."""
+    """A small folder of JPEG files as ImageNet has it: 3 classes that colour tells apart, 24 + 11 images."""
     root = tmp_path_factory.mktemp("images")
     rng = np.random.RandomState(0)
     for split, count in (("train", 24), ("val", 11)):
