@@ -21,8 +21,9 @@ ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = "import horovod.torch as hvd; hvd.init(); print(f'rank {hvd.rank()} of {hvd.size()}', flush=True)"
 
 
-def test_the_doctor_finds_nothing_that_stops_training(command):
-    done = command(sys.executable, "-m", "dist_lars.doctor", "--json", timeout=300)
+def test_the_doctor_finds_nothing_that_stops_training(tmp_path):
+    words = [sys.executable, "-m", "dist_lars.doctor", "--json"]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     checks = {check["name"]: check for check in json.loads(done.stdout)}
     assert done.returncode == 0, done.stdout
     assert {check["status"] for check in checks.values()} <= {"ok", "warn"}

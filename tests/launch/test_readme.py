@@ -1,0 +1,63 @@
+"""README.md stays true: its commands exist and start, its messages are the program's, its links lead somewhere."""
+
+import importlib.util
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+README = (ROOT / "README.md").read_text()
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+SOURCES = [ROOT / "Makefile", *(ROOT / "dist_lars").rglob("*.py")]
+
+
+def commands() -> list[str]:
+    """Every line of README's code blocks, without its comment."""
+    blocks = re.findall(r"^```\w*\n(.*?)^```", README, re.M | re.S)
+    lines = "".join(blocks).replace("\\\n", " ").splitlines()
+    return sorted({re.sub(r"\s+#.*", "", line).strip() for line in lines} - {""})
+
+
+@pytest.mark.parametrize("line", [line for line in commands() if re.match(r"([A-Z_]+=\S+ )*make\b", line)])
+def test_make_knows_the_command(line, tmp_path):
+    words = line.split()
+    names = [word for word in words if "=" not in word and word != "make"]
+    done = subprocess.run(
+        ["make", "-n", f"VENV={tmp_path}/env", *names], cwd=ROOT, env={**os.environ}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("module", sorted(set(re.findall(r"python -m (dist_lars\.\w+)", README))))
+def test_the_module_is_there(module):
+    assert importlib.util.find_spec(module)
+
+
+def messages() -> list[str]:
+    """The first column of the table of failures."""
+    table = README.split("### What a failure means")[1].split("\n#")[0]
+    return re.findall(r"^\| (`.*?) \|", table, re.M)
+
+
+@pytest.mark.parametrize("message", messages())
+def test_the_message_is_one_that_we_print(message):
+    """The pieces of a message between its examples occur in the source, in one file."""
+    pieces = [piece for text in re.findall("`(.*?)`", message) for piece in re.split(r" \.\.\.|/\S+|[\d.]{3,}", text)]
+    words = [piece.strip(" ,") for piece in pieces if len(piece.strip(" ,")) > 7]
+    assert words
+    assert any(all(word in path.read_text() for word in words) for path in SOURCES), words
+
+
+@pytest.mark.parametrize("option", re.findall(r"^\| `([A-Z_]{4,})=", README, re.M))
+def test_the_option_is_read_somewhere(option):
+    family = "_".join(option.split("_")[:2])
+    assert any(option in path.read_text() or f"{{!{family}" in path.read_text() for path in SOURCES)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_lead_to_files(page):
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):
+        assert (page.parent / target).exists(), target
