@@ -9,8 +9,8 @@ PACKAGE = Path(__file__).resolve().parents[2] / "dist_lars"
 FILES = sorted(PACKAGE.rglob("*.py"))
 LEVELS = [
     ["errors"],
-    ["config", "schedule", "plan", "cli"],
-    ["optim", "models", "data", "metrics", "checkpoint", "runlog", "reducer"],
+    ["config", "rules", "schedule", "plan", "cli"],
+    ["optim", "models", "data", "metrics", "checkpoint", "runlog", "reducer", "ema"],
     ["comm"],
     ["engine", "resources"],
     ["run"],
