@@ -43,12 +43,22 @@ def check_python() -> Check:
 
 def check_torch() -> Check:
     """Whether torch and torchvision import and belong together."""
+    value = ", ".join(f"{name} {version(name)}" for name in ("torch", "torchvision"))
     try:
-        import torch
-        import torchvision
+        import torch  # noqa: F401
+        import torchvision  # noqa: F401
     except (ImportError, RuntimeError, OSError) as error:  # a torchvision of another torch raises RuntimeError
-        return fail("torch", f"{type(error).__name__}: {error}", "pip install torch torchvision -c constraints.txt")
-    return Check("torch", "ok", f"{torch.__version__}, torchvision {torchvision.__version__}")
+        fix = "install a pair that belongs together: pip install torch torchvision -c constraints.txt"
+        return fail("torch", f"{value}: {type(error).__name__}: {error}", fix)
+    return Check("torch", "ok", value)
+
+
+def version(name: str) -> str:
+    """The version of an installed package, or that it is not there."""
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "(not installed)"
 
 
 def check_cuda() -> Check:
