@@ -13,13 +13,15 @@ def markdown(rows: Iterable[Mapping[str, Any]], columns: Sequence[str] | None = 
     """A Markdown table of the rows; numbers are right-aligned and have three digits."""
     rows = list(rows)
     columns = list(columns or dict.fromkeys(key for row in rows for key in row))
-    numeric = [all(isinstance(row.get(c, 0), int | float) for row in rows) for c in columns]
+    numeric = [all(isinstance(row.get(c, 0), int | float | None) for row in rows) for c in columns]
     lines = [columns, ["---:" if n else "---" for n in numeric]]
     lines += [[_cell(row.get(c, "")) for c in columns] for row in rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def _cell(value: Any) -> str:
+    if value is None:
+        return ""
     if not isinstance(value, float) or value == 0:
         return str(value)
     digits = max(0, 2 - int(np.floor(np.log10(abs(value)))))

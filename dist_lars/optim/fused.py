@@ -12,8 +12,8 @@ from torch import Tensor
 
 from dist_lars.optim.tensors import Group, is_dense
 
-#: 512 KiB: two operands and the scratch of one block stay in a second-level cache of 2 MiB.
-BLOCK = 1 << 17
+#: 384 KiB: two operands and the scratch of one block stay in a second-level cache of 2 MiB.
+BLOCK = 3 << 15
 #: A BLAS dot product adds up in float32: the sum over more elements than this is carried in Python's float64.
 DOT = 1 << 20
 #: 1 - (1 - gain) is a multiple of 2^-53; above this gain the error stays under a quarter of float32's.

@@ -120,7 +120,7 @@ def test_apex_larc_exception_leaves_the_decay_in_the_groups() -> None:
     "keywords", [{}, {"nesterov": True}, {"maximize": True}, {"denominator": "sum_of_norms"}], ids=str
 )
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.bfloat16], ids=str)
-def test_apex_timm_kozistr_4uiiurz1_gradients_are_never_modified(keywords: dict[str, Any], dtype: torch.dtype) -> None:
+def test_apex_kozistr_4uiiurz1_gradients_are_never_modified(keywords: dict[str, Any], dtype: torch.dtype) -> None:
     p = parameter([[3.0, 4.0], [1.0, 2.0]], dtype)
     g = torch.tensor([[0.8, -0.6], [0.1, 0.2]], dtype=dtype)
     opt = LARS([p], lr=1.0, weight_decay=0.1, **keywords)
