@@ -6,6 +6,7 @@ result = api.train(load_config("quickstart", overrides={"epochs": 3}))
 print(api.evaluate(result.run_dir, "path/to/images"))
 """
 
+import dataclasses
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,6 +17,7 @@ from dist_lars import checkpoint, data, engine, models, optim
 from dist_lars import comm as ranks
 from dist_lars.comm import AgreedError, Comm
 from dist_lars.config import Config, as_flat, data_path, from_flat
+from dist_lars.ema import Ema
 from dist_lars.errors import UserError
 from dist_lars.plan import Plan, make_plan
 from dist_lars.resources import cores_per_rank, pick_autocast, pick_device, share_cores
@@ -93,6 +95,7 @@ def open_sets(config: Config, comm: Comm) -> data.Sets:
         resize=d.resize,
         min_scale=d.min_scale,
         flip=d.flip,
+        augment=d.augment,
     )
 
 
@@ -107,7 +110,9 @@ def make_job(
     config: Config, comm: Comm, plan: Plan, classes: int, device: torch.device, autocast: torch.dtype | None
 ) -> engine.Job:
     """Model, optimizer and gradient averaging of one rank, freshly initialised from torch's current seed."""
-    model = models.build(config.model.name, num_classes=classes)
+    model = make_model(config, classes)
+    if config.model.weights:
+        checkpoint.load_weights(model, checkpoint.read_weights(config.model.weights), config.model.weights)
     layout = torch.channels_last if config.model.channels_last else torch.contiguous_format
     model = model.to(device=device, memory_format=layout)  # type: ignore[call-overload]
     return engine.Job(
@@ -121,7 +126,17 @@ def make_job(
         scaler=torch.amp.GradScaler(device.type, enabled=autocast == torch.float16),
         seed=config.seed,
         clip_norm=config.optim.clip_norm,
+        label_smoothing=config.optim.label_smoothing,
+        ema=Ema([*model.parameters(), *ranks.float_buffers(model)], decay)
+        if (decay := config.optim.ema_decay)
+        else None,
     )
+
+
+def make_model(config: Config, classes: int) -> nn.Module:
+    """The configured network, initialised from torch's current random state."""
+    options = {k: v for k, v in dataclasses.asdict(config.model).items() if k in models.OPTIONS}
+    return models.build(config.model.name, num_classes=classes, **options)
 
 
 def make_optimizer(config: Config, model: nn.Module, lr: float) -> torch.optim.Optimizer:
@@ -133,6 +148,7 @@ def make_optimizer(config: Config, model: nn.Module, lr: float) -> torch.optim.O
         weight_decay=o.weight_decay,
         exclude_from_adaptation=o.exclude_from_adaptation or law.exclude_from_adaptation,
         exclude_from_decay=o.exclude_from_decay or law.exclude_from_decay,
+        bias_lr_scale=o.bias_lr_scale,
     )
     return optim.build(
         o.name,
@@ -190,6 +206,6 @@ def _from_checkpoint(path: str | Path, index: data.Index) -> tuple[nn.Module, in
             f"{path} knows {len(state['classes'])} classes ({', '.join(state['classes'][:3])} ...), {index.root} has "
             f"{len(index.classes)} ({', '.join(index.classes[:3])} ...): labels would mean different things"
         )
-    model = models.build(config.model.name, num_classes=len(index.classes))
-    checkpoint.load_weights(model, state["model"], str(path))
+    model = make_model(config, len(index.classes))
+    checkpoint.load_weights(model, checkpoint.evaluated(state), str(path))
     return model, config.data.image_size, config.data.resize

@@ -95,8 +95,34 @@ def load(path: str | Path) -> dict[str, Any]:
     return state
 
 
+def evaluated(state: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """The weights of a checkpoint that the run evaluated: their running average where it kept one."""
+    return state.get("ema") or state["model"]
+
+
+def read_weights(path: str | Path) -> dict[str, torch.Tensor]:
+    """The weights in a file: the evaluated ones of a checkpoint of ours (or run directory), or a plain state_dict."""
+    path = Path(path)
+    if path.is_dir():
+        return evaluated(load(path))
+    if not path.is_file():
+        raise UserError(f"model.weights: {path} does not exist")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as e:  # torch's reader may raise anything on bytes that are none of its own
+        raise UserError(f"model.weights: {path} cannot be read: {str(e).splitlines()[0]}") from e
+    if isinstance(state, dict) and "format" in state:
+        return evaluated(load(path))
+    if not (isinstance(state, dict) and state and all(isinstance(v, torch.Tensor) for v in state.values())):
+        raise UserError(f"model.weights: {path} is neither a checkpoint of ours nor a state_dict {{name: tensor}}")
+    return state
+
+
 def load_weights(model: torch.nn.Module, weights: dict[str, torch.Tensor], origin: str) -> None:
     """`load_state_dict` that names what does not fit."""
+    # BatchNorm's counter steers nothing here, and files of old PyTorch (torchvision's among them) lack it.
+    counters = {k: v for k, v in model.state_dict().items() if k.endswith("num_batches_tracked")}
+    weights = counters | weights
     wanted = {k: tuple(v.shape) for k, v in model.state_dict().items()}
     given = {k: tuple(v.shape) for k, v in weights.items()}
     wrong = [k for k in {**wanted, **given} if wanted.get(k) != given.get(k)]

@@ -6,15 +6,14 @@ node can check a job.
 
 import dataclasses
 import difflib
-import math
 import os
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NoReturn, get_type_hints
 
 import yaml
 
 from dist_lars.errors import UserError
+from dist_lars.rules import check
 
 
 def option(default: Any, help: str, key: str | None = None) -> Any:
@@ -33,6 +32,11 @@ class Data:
     val: str | None = option(None, "validation folder (default: val/, else test/, below data.path)")
     image_size: int = option(224, "pixels of the square that the network sees")
     resize: int = option(256, "validation: the shorter side before the centre crop, in pixels")
+    augment: Literal["inception", "minimal"] = option(
+        "inception",
+        "training: inception is a random resized crop; minimal a resize to data.resize squared, whatever the aspect, "
+        "and a random crop; validation is the same for both",
+    )
     min_scale: float = option(0.08, "training: smallest share of the area that a random resized crop keeps")
     flip: bool = option(True, "training: mirror every second image")
     workers: int | None = option(None, "loader processes per rank (default: from the cores of this rank)")
@@ -43,9 +47,29 @@ class Data:
 
 @dataclass(frozen=True)
 class Model:
-    name: Literal["alexnet", "resnet18", "resnet34", "resnet50", "resnet101", "resnet152"] = option(
-        "resnet18", "the architecture; alexnet is the network of 2012"
+    name: Literal[
+        "alexnet", "alexnet_bn", "alexnet_bn_all", "alexnet_small", "cnn_small", "resnet_small",
+        "resnet18", "resnet34", "resnet50", "resnet101", "resnet152",
+    ] = option(
+        "resnet18",
+        "the architecture: alexnet is the network of 2012, alexnet_bn the LARS paper's, alexnet_bn_all has BatchNorm "
+        "after every convolution; the small ones are for 32 to 64 px",
+    )  # fmt: skip
+    init: Literal["own", "he"] = option(
+        "own", "own: as the network's source has it (ResNets: He, AlexNets: Gaussian); he: He normal, fan out, for all"
     )
+    zero_gamma: bool = option(
+        False, "ResNets: start the last BatchNorm of every block at 0, hence blocks as identities"
+    )
+    fc_std: float | None = option(None, "start the last linear layer from N(0, this), bias 0 (default: the network's)")
+    bias_init: float | None = option(None, "start value of every bias of convolutions and linear layers, the last one "
+                                           "included (default: the network's)")  # fmt: skip
+    stem: Literal["imagenet", "small"] = option(
+        "imagenet", "ResNets: small is a 3x3 convolution without stride or pool, for images up to 64 px"
+    )
+    grouped: bool = option(True, "AlexNets: convolutions 2, 4 and 5 in two groups, as on the two GPUs of 2012")
+    dropout: float = option(0.5, "AlexNets: dropout before the hidden linear layers")
+    weights: str | None = option(None, "start from a file: a checkpoint of ours, or a state_dict of the same network")
     channels_last: bool = option(True, "keep weights channels-last in memory, as fast convolutions want them")
 
 
@@ -65,7 +89,10 @@ class Optim:
     exclude_from_decay: Literal["none", "bn_bias"] | None = option(
         None, "parameters without weight decay (default: what the law says)"
     )
+    bias_lr_scale: float = option(1.0, "learning rate of biases relative to that of the weights")
     clip_norm: float | None = option(None, "clip the global gradient norm to this (default: no clipping)")
+    label_smoothing: float = option(0.0, "training loss: share of each label that is spread over all classes")
+    ema_decay: float = option(0.0, "keep a running average of the weights and evaluate it, e.g. 0.999 (0: off)")
 
 
 @dataclass(frozen=True)
@@ -129,54 +156,11 @@ class Config:
     log: Log = field(default_factory=Log)
 
     def __post_init__(self) -> None:
-        _check(self)
+        check(self)
 
 
 # Keys that may differ when a run continues: they change where it runs and what it prints, not what it computes.
 MAY_DIFFER_ON_RESUME = ("run_dir", "name", "data.path", "data.val", "data.workers", "device", "resume.", "log.")
-
-
-def _check(c: Config) -> None:
-    at_least_one = {
-        "batch_size": c.batch_size, "micro_batch": c.micro_batch, "epochs": c.epochs,
-        "data.image_size": c.data.image_size, "data.resize": c.data.resize, "data.classes": c.data.classes,
-        "data.train_images": c.data.train_images, "data.val_images": c.data.val_images,
-        "schedule.base_batch": c.schedule.base_batch, "resume.save_epochs": c.resume.save_epochs,
-        "resume.keep": c.resume.keep, "log.every_steps": c.log.every_steps, "log.eval_epochs": c.log.eval_epochs,
-    }  # fmt: skip
-    not_negative = {
-        "seed": c.seed, "data.workers": c.data.workers or 0, "optim.weight_decay": c.optim.weight_decay,
-        "schedule.warmup_epochs": c.schedule.warmup_epochs, "schedule.start_lr": c.schedule.start_lr,
-        "schedule.end_lr": c.schedule.end_lr,
-    }  # fmt: skip
-    positive = {
-        "schedule.base_lr": c.schedule.base_lr, "comm.bucket_mb": c.comm.bucket_mb,
-        "schedule.power": c.schedule.power, "optim.trust_coefficient": c.optim.trust_coefficient,
-        "optim.lr": 1.0 if c.optim.lr is None else c.optim.lr,
-        "optim.clip_norm": 1.0 if c.optim.clip_norm is None else c.optim.clip_norm,
-        "schedule.decay_epochs": 1.0 if c.schedule.decay_epochs is None else c.schedule.decay_epochs,
-    }  # fmt: skip
-    _require(at_least_one, lambda v: v >= 1, "must be at least 1")
-    _require(not_negative, lambda v: 0 <= v < math.inf, "must be zero or more, and finite")
-    _require(positive, lambda v: 0 < v < math.inf, "must be above zero, and finite")
-    _require({"data.min_scale": c.data.min_scale}, lambda v: 0 < v <= 1, "is a share of the area: 0 < value <= 1")
-    _require({"optim.momentum": c.optim.momentum}, lambda v: 0 <= v < 1, "must be in [0, 1)")
-    if c.data.resize < c.data.image_size:
-        raise UserError(
-            f"data.resize {c.data.resize} is smaller than data.image_size {c.data.image_size}: validation "
-            f"cannot crop what is not there; use --data.resize {round(c.data.image_size * 8 / 7)}"
-        )
-    if c.schedule.warmup_epochs > c.epochs:
-        raise UserError(
-            f"schedule.warmup_epochs {c.schedule.warmup_epochs:g} is longer than epochs {c.epochs}: the peak learning "
-            f"rate would never be reached; use --schedule.warmup_epochs {c.epochs / 10:g}"
-        )
-
-
-def _require(values: Mapping[str, float], rule: Callable[[float], bool], text: str) -> None:
-    for name, value in values.items():
-        if not rule(value):
-            raise UserError(f"{name} is {value}, but it {text}")
 
 
 # --- names: the nested dataclasses as one flat table ------------------------------------------------------------------

@@ -11,6 +11,7 @@ from torch import nn
 
 from dist_lars.comm import Comm, averaged_buffers
 from dist_lars.data.transforms import normalise
+from dist_lars.ema import Ema
 from dist_lars.errors import UserError
 from dist_lars.metrics import Counts, cross_entropy, means
 from dist_lars.plan import Plan
@@ -35,6 +36,8 @@ class Job:
     scaler: torch.amp.GradScaler  # fp16 only; disabled it passes everything through
     seed: int
     clip_norm: float | None
+    label_smoothing: float = 0.0
+    ema: Ema | None = None  # running average of weights and float buffers, evaluated in their place
 
 
 def train(job: Job, batches: Batches, start: int, log: RunLog, every: int, end_of_epoch: Callable[[int], None]) -> None:
@@ -46,6 +49,8 @@ def train(job: Job, batches: Batches, start: int, log: RunLog, every: int, end_o
     for step in range(start, plan.total_steps):
         lr = set_lr(job.optimizer, lr_at(step, plan.rate))
         train_step(job, clock.timed(stream), step, counts)
+        if job.ema is not None:
+            job.ema.update(step)
         log.advance(plan.batch_size)
         epoch_ends = (step + 1) % plan.steps_per_epoch == 0
         if (step + 1) % every == 0 or epoch_ends:
@@ -68,7 +73,7 @@ def train_step(job: Job, stream: Iterator[tuple[torch.Tensor, torch.Tensor]], st
         seed_dropout(job.seed, step, job.comm.rank * passes + i)
         with autocast(job):
             logits = job.model(as_input(pixels, job.model))
-            loss = cross_entropy(logits, labels)
+            loss = cross_entropy(logits, labels, job.label_smoothing)
         if job.reducer is not None:
             job.reducer.last_pass = i == passes - 1
         job.scaler.scale(loss / passes).backward()
@@ -121,6 +126,11 @@ def autocast(job: Job) -> contextlib.AbstractContextManager[None]:
 def autocast_to(device: torch.device, dtype: torch.dtype | None) -> contextlib.AbstractContextManager[None]:
     """torch.autocast, or nothing for None."""
     return contextlib.nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype)
+
+
+def evaluated_weights(job: Job) -> contextlib.AbstractContextManager[None]:
+    """Inside, the model holds what is evaluated: the running average of its weights where the job keeps one."""
+    return contextlib.nullcontext() if job.ema is None else job.ema.swapped()
 
 
 def report(job: Job, steps_done: int, lr: float, counts: Counts, clock: "Clock", log: RunLog) -> None:

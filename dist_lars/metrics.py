@@ -43,7 +43,11 @@ def means(sums: Sums) -> dict[str, float]:
     }
 
 
-def cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Mean cross-entropy in at least float32: half precision loses small losses."""
+def cross_entropy(logits: torch.Tensor, labels: torch.Tensor, smoothing: float = 0.0) -> torch.Tensor:
+    """Mean cross-entropy in at least float32: half precision loses small losses.
+
+    `smoothing` s gives the true class 1 - s + s / K of the label and every other of the K classes s / K (Szegedy et al.
+    2015, arXiv 1512.00567, section 7). The rival convention leaves the true class 1 - s and the others s / (K - 1).
+    """
     wide = logits if logits.dtype == torch.float64 else logits.float()
-    return functional.cross_entropy(wide, labels)
+    return functional.cross_entropy(wide, labels, label_smoothing=smoothing)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 
 from dist_lars import checkpoint, data, engine
 from dist_lars import comm as ranks
@@ -72,8 +73,14 @@ def restore(job: engine.Job, state: dict[str, Any], config: Config, classes: tup
     if tuple(state["classes"]) != classes:
         raise UserError(f"{origin} was trained on other classes than those of the data")
     checkpoint.load_weights(job.model, state["model"], origin)
-    if len(state["buffers"]) == job.comm.size:
+    own = len(state["buffers"]) == job.comm.size
+    if own:
         ranks.unpack(state["buffers"][job.comm.rank], ranks.float_buffers(job.model))
+    if job.ema is not None:
+        with job.ema.swapped():
+            checkpoint.load_weights(job.model, state["ema"], origin)
+            if own:
+                ranks.unpack(state["ema_buffers"][job.comm.rank], ranks.float_buffers(job.model))
     job.optimizer.load_state_dict(state["optimizer"])
     job.scaler.load_state_dict(state["scaler"])
     return state["step"]
@@ -130,35 +137,40 @@ class Run:
 
     def _evaluate(self, step: int) -> bool:
         job, epoch = self.job, step // self.plan.steps_per_epoch
-        self.scores = engine.evaluate(
-            job.model, self.val_batches, self.comm, job.device, job.autocast, expected=len(self.sets.val)
-        )
+        with engine.evaluated_weights(job):
+            self.scores = engine.evaluate(
+                job.model, self.val_batches, self.comm, job.device, job.autocast, expected=len(self.sets.val)
+            )
         best = self.comm.rank == 0 and self.scores["top1"] > best_top1(self.run_dir, before=step)
-        self.log.line("eval", step=step, epoch=epoch, **self.scores)
+        self.log.line("eval", step=step, epoch=epoch, weights="last" if job.ema is None else "averaged", **self.scores)
         s = self.scores
         self.log.say(
             f"epoch {epoch}: top-1 {s['top1']:.2f}%, top-5 {s['top5']:.2f}%, loss {s['loss']:.4f} "
-            f"on {s['count']:,} images"
+            f"on {s['count']:,} images" + " (averaged weights)" * (job.ema is not None)
         )
         return best
 
     def _save(self, step: int, best: bool) -> None:
-        buffers = self.comm.gather(ranks.pack(ranks.float_buffers(self.job.model)), "buffers of all ranks")
-        with ranks.averaged_buffers(self.job.model, self.comm):  # so that "model" alone is what was evaluated
-            if self.comm.rank == 0:
-                state = {
-                    "step": step,
-                    "model": self.job.model.state_dict(),
-                    "buffers": buffers,
-                    "optimizer": self.job.optimizer.state_dict(),
-                    "scaler": self.job.scaler.state_dict(),
-                    "classes": list(self.sets.classes),
-                    "config": plain(as_flat(self.config)),
-                    "plan": plain(self.plan.as_dict()),
-                    "versions": versions(),
-                }
-                checkpoint.save(self.run_dir / "checkpoints", state, best=best, keep=self.config.resume.keep)
-                self._status("running", step)
+        model, buffers = snapshot(self.job.model, self.comm)
+        averages = {}
+        if self.job.ema is not None:
+            with self.job.ema.swapped():
+                averages = dict(zip(("ema", "ema_buffers"), snapshot(self.job.model, self.comm), strict=True))
+        if self.comm.rank == 0:
+            state = {
+                "step": step,
+                "model": model,
+                "buffers": buffers,
+                **averages,
+                "optimizer": self.job.optimizer.state_dict(),
+                "scaler": self.job.scaler.state_dict(),
+                "classes": list(self.sets.classes),
+                "config": plain(as_flat(self.config)),
+                "plan": plain(self.plan.as_dict()),
+                "versions": versions(),
+            }
+            checkpoint.save(self.run_dir / "checkpoints", state, best=best, keep=self.config.resume.keep)
+            self._status("running", step)
 
     def _finish(self) -> Result:
         if not self.scores:  # a run that had already ended: nothing was trained
@@ -194,6 +206,14 @@ class Run:
         self.log.line("start", step=start, **plain(facts))
         if self.comm.rank == 0:
             self._status("running", start)
+
+
+def snapshot(model: nn.Module, comm: ranks.Comm) -> tuple[dict[str, torch.Tensor], list[torch.Tensor]]:
+    """(weights with the mean of all ranks' buffers: what evaluates; every rank's own buffers: what continues)."""
+    own = comm.gather(ranks.pack(ranks.float_buffers(model)), "buffers of all ranks")
+    buffers = {name for name, _ in model.named_buffers()}
+    with ranks.averaged_buffers(model, comm):  # outside, the buffers are a rank's own again: keep copies of the mean
+        return {k: v.clone() if k in buffers else v for k, v in model.state_dict().items()}, own
 
 
 def best_top1(run_dir: Path, before: int | None = None) -> float:

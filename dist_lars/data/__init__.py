@@ -1,5 +1,6 @@
 """Images: where they lie, in which order they are seen, how they are augmented and batched."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -10,7 +11,7 @@ from dist_lars.data.folder import FolderImages, Index, check_same_classes, index
 from dist_lars.data.loader import TrainOrder, ValOrder, batches
 from dist_lars.data.order import permutation, shard_indices, validation_range
 from dist_lars.data.synthetic import SyntheticImages, cache_dir, digits_folder
-from dist_lars.data.transforms import augment_generator, train_image, val_image
+from dist_lars.data.transforms import augment_generator, minimal_image, train_image, val_image
 
 __all__ = [
     "Index",
@@ -50,11 +51,16 @@ def list_folders(path: str, val: str | None) -> tuple[Index, Index]:
 
 
 def folder_sets(
-    train: Index, val: Index, *, seed: int, image_size: int, resize: int, min_scale: float, flip: bool
-) -> Sets:
+    train: Index, val: Index, *, seed: int, image_size: int, resize: int, min_scale: float, flip: bool,
+    augment: str = "inception",
+) -> Sets:  # fmt: skip
     """The images of two listed folders, augmented for training as a function of (seed, epoch, index)."""
-    augment = partial(_augment, seed=seed, size=image_size, min_scale=min_scale, flip=flip)
-    return Sets(FolderImages(train, augment), val_images(val, image_size, resize), train.classes)
+    transform = {
+        "inception": partial(train_image, size=image_size, min_scale=min_scale, flip=flip),
+        "minimal": partial(minimal_image, size=image_size, resize=resize, flip=flip),
+    }[augment]
+    augmented = partial(_augment, seed=seed, transform=transform)
+    return Sets(FolderImages(train, augmented), val_images(val, image_size, resize), train.classes)
 
 
 def val_images(index: Index, image_size: int, resize: int) -> FolderImages:
@@ -70,9 +76,9 @@ def synthetic_sets(*, train: int, val: int, classes: int, image_size: int, seed:
 
 
 def _augment(
-    image: Image.Image, epoch: int, index: int, *, seed: int, size: int, min_scale: float, flip: bool
+    image: Image.Image, epoch: int, index: int, *, seed: int, transform: Callable[..., np.ndarray]
 ) -> np.ndarray:
-    return train_image(image, augment_generator(seed, epoch, index), size, min_scale, flip)
+    return transform(image, augment_generator(seed, epoch, index))
 
 
 def _centre(image: Image.Image, epoch: int, index: int, *, size: int, resize: int) -> np.ndarray:

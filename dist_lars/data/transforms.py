@@ -28,6 +28,17 @@ def train_image(image: Image.Image, rng: random.Random, size: int, min_scale: fl
     return pixels[:, ::-1] if flip and rng.random() < 0.5 else pixels
 
 
+def minimal_image(image: Image.Image, rng: random.Random, size: int, resize: int, flip: bool) -> np.ndarray:
+    """The LARS paper's "minimal" augmentation: resize to `resize` squared, random crop, mirror: uint8 [size, size, 3].
+
+    The aspect is not kept, as in the paper (arXiv 1708.03888); bilinear and antialiased as everywhere here.
+    """
+    image = image.resize((resize, resize), Image.Resampling.BILINEAR)
+    left, top = rng.randint(0, resize - size), rng.randint(0, resize - size)
+    pixels = np.asarray(image.crop((left, top, left + size, top + size)))
+    return pixels[:, ::-1] if flip and rng.random() < 0.5 else pixels
+
+
 def crop_box(width: int, height: int, rng: random.Random, min_scale: float) -> tuple[int, int, int, int]:
     """(left, top, right, bottom) of a crop with area in [min_scale, 1] and ratio in [3/4, 4/3], log-uniform.
 

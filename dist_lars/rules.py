@@ -1,0 +1,59 @@
+"""Which values the options may have."""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
+
+from dist_lars.errors import UserError
+
+if TYPE_CHECKING:
+    from dist_lars.config import Config
+
+
+def check(c: "Config") -> None:
+    """Raise `UserError` for the first value that no run can have, with the rule and a value that works."""
+    at_least_one = {
+        "batch_size": c.batch_size, "micro_batch": c.micro_batch, "epochs": c.epochs,
+        "data.image_size": c.data.image_size, "data.resize": c.data.resize, "data.classes": c.data.classes,
+        "data.train_images": c.data.train_images, "data.val_images": c.data.val_images,
+        "schedule.base_batch": c.schedule.base_batch, "resume.save_epochs": c.resume.save_epochs,
+        "resume.keep": c.resume.keep, "log.every_steps": c.log.every_steps, "log.eval_epochs": c.log.eval_epochs,
+    }  # fmt: skip
+    not_negative = {
+        "seed": c.seed, "data.workers": c.data.workers or 0, "optim.weight_decay": c.optim.weight_decay,
+        "schedule.warmup_epochs": c.schedule.warmup_epochs, "schedule.start_lr": c.schedule.start_lr,
+        "schedule.end_lr": c.schedule.end_lr,
+    }  # fmt: skip
+    positive = {
+        "schedule.base_lr": c.schedule.base_lr, "comm.bucket_mb": c.comm.bucket_mb,
+        "schedule.power": c.schedule.power, "optim.trust_coefficient": c.optim.trust_coefficient,
+        "optim.lr": 1.0 if c.optim.lr is None else c.optim.lr, "optim.bias_lr_scale": c.optim.bias_lr_scale,
+        "model.fc_std": 1.0 if c.model.fc_std is None else c.model.fc_std,
+        "optim.clip_norm": 1.0 if c.optim.clip_norm is None else c.optim.clip_norm,
+        "schedule.decay_epochs": 1.0 if c.schedule.decay_epochs is None else c.schedule.decay_epochs,
+    }  # fmt: skip
+    _require(at_least_one, lambda v: v >= 1, "must be at least 1")
+    _require(not_negative, lambda v: 0 <= v < math.inf, "must be zero or more, and finite")
+    _require(positive, lambda v: 0 < v < math.inf, "must be above zero, and finite")
+    _require({"data.min_scale": c.data.min_scale}, lambda v: 0 < v <= 1, "is a share of the area: 0 < value <= 1")
+    shares = {
+        "optim.momentum": c.optim.momentum, "optim.label_smoothing": c.optim.label_smoothing,
+        "optim.ema_decay": c.optim.ema_decay, "model.dropout": c.model.dropout,
+    }  # fmt: skip
+    _require(shares, lambda v: 0 <= v < 1, "must be in [0, 1)")
+    if c.data.resize < c.data.image_size:
+        raise UserError(
+            f"data.resize {c.data.resize} is smaller than data.image_size {c.data.image_size}: validation "
+            f"cannot crop what is not there; use --data.resize {round(c.data.image_size * 8 / 7)}"
+        )
+    if c.schedule.warmup_epochs > c.epochs:
+        raise UserError(
+            f"schedule.warmup_epochs {c.schedule.warmup_epochs:g} is longer than epochs {c.epochs}: the peak learning "
+            f"rate would never be reached; use --schedule.warmup_epochs {c.epochs / 10:g}"
+        )
+
+
+def _require(values: Mapping[str, float], rule: Callable[[float], bool], text: str) -> None:
+    for name, value in values.items():
+        if not rule(value):
+            raise UserError(f"{name} is {value}, but it {text}")
