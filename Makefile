@@ -37,7 +37,7 @@ train: install  ## train on real images with NP ranks, from nothing to top-1 in 
 test: install  ## run every test: one process, real MPI, the user's own commands
 	python -m pytest $(ARGS)
 
-test-install: install  ## build environments from nothing and move them about (half an hour, 15 GB)
+test-install: install  ## build Horovod by other compilers, CMakes and MPIs (ten minutes)
 	python -m pytest -m install $(ARGS)
 
 check: install  ## formatting, lint, spelling, types, and the tests that need one process
