@@ -44,8 +44,13 @@ GIB = 2**30
 # --- what must be there ----------------------------------------------------------------------
 
 
-def check_tools(work: Path) -> None:
+def check_tools(work: Path, standard: int) -> None:
     """Refuse now what would fail minutes later."""
+    probe = [compiler(), f"-std=c++{standard}", "-fsyntax-only", "-xc++", os.devnull]
+    if subprocess.run(probe, capture_output=True).returncode:
+        raise BuildError(
+            f"{compiler()} does not know C++{standard}, which torch asks for: use GCC 11 or Clang 14, set CXX"
+        )
     for module in ("setuptools", "wheel", "packaging"):
         if not importlib.util.find_spec(module):
             raise BuildError(f"{module} is not installed: run `pip install cmake setuptools wheel packaging`")
@@ -178,7 +183,7 @@ def compile_wheel(build: dict[str, Any], log: Path) -> Path:
     """Build in a temporary folder and move the finished wheel beside the log."""
     with tempfile.TemporaryDirectory(prefix="horovod-") as name:
         work = Path(name)
-        check_tools(work)
+        check_tools(work, build["cxx_standard"])
         env = build_env(build, header_folders(work)) | torch_nccl(work)
         root = source(work)
         (root / "horovod/build.json").write_text(json.dumps(build, indent=2))

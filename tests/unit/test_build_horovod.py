@@ -128,6 +128,16 @@ def test_without_a_compiler_the_message_names_the_package(tmp_path, monkeypatch)
         build_facts.compiler()
 
 
+def test_a_compiler_that_is_too_old_is_named(tmp_path, monkeypatch):
+    old = tmp_path / "old-c++"
+    old.write_text('#!/bin/sh\ncase "$*" in *-std=c++20*) exit 1;; esac\n')
+    old.chmod(0o755)
+    monkeypatch.setenv("CXX", str(old))
+    build_horovod.check_tools(tmp_path, 17)
+    with pytest.raises(BuildError, match="old-c\\+\\+ does not know C\\+\\+20, which torch asks for: use GCC 11"):
+        build_horovod.check_tools(tmp_path, 20)
+
+
 def test_without_python_headers_and_apt_the_message_names_the_package(tmp_path, monkeypatch):
     monkeypatch.setattr(build_horovod.sysconfig, "get_path", lambda name: str(tmp_path))
     monkeypatch.setenv("PATH", os.defpath)
