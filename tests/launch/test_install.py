@@ -78,6 +78,16 @@ def test_the_installed_horovod_is_the_one_that_this_source_builds():
     assert importlib.metadata.version("horovod") == f"{build_facts.VERSION}+{build_facts.key_of(build)}"
 
 
+def test_what_the_wheel_depends_on_is_asked_of_this_machine(monkeypatch):
+    build = build_facts.installed_build()
+    monkeypatch.setenv("HOROVOD_BUILD_ARCH_FLAGS", "-mavx2")
+    monkeypatch.setenv("HOROVOD_CPU_OPERATIONS", "GLOO")
+    monkeypatch.setenv("MPI_HOME", build["mpi_home"] or sys.prefix)
+    here = build_facts.facts()
+    assert (here.pop("arch_flags"), here.pop("options")["HOROVOD_CPU_OPERATIONS"]) == ("-mavx2", "GLOO")
+    assert here == {name: value for name, value in build.items() if name not in ("arch_flags", "options")}
+
+
 @pytest.fixture
 def foreign_mpirun(tmp_path: Path) -> Path:
     """Another MPI, first on PATH: it would start one process that knows of no other."""
