@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).resolve().parents[2] / "dist_lars"
 FILES = sorted(PACKAGE.rglob("*.py"))
 LEVELS = [
     ["errors"],
-    ["config", "rules", "schedule", "plan", "cli"],
+    ["config", "rules", "schedule", "plan", "cli", "recipes"],
     ["optim", "models", "data", "metrics", "checkpoint", "runlog", "reducer", "ema"],
     ["comm"],
     ["engine", "resources"],

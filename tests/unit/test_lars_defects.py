@@ -255,9 +255,12 @@ def test_bitsandbytes_momentum_of_zero_works(dtype: torch.dtype, placement: str)
 
 
 @both_paths
-def test_bitsandbytes_noahgolmant_tensors_that_start_at_zero_are_not_frozen(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("min_norm", [1e-3, 0.0])
+def test_bitsandbytes_noahgolmant_tensors_that_start_at_zero_are_not_frozen(
+    dtype: torch.dtype, min_norm: float
+) -> None:
     p = parameter([0.0, 0.0], dtype)
-    stepped(p, [0.6, 0.8], lr=0.1)
+    stepped(p, [0.6, 0.8], lr=0.1, min_norm=min_norm)
     np.testing.assert_allclose(p.detach().double(), [-0.06, -0.08], rtol=1e-6)
 
 

@@ -246,6 +246,7 @@ def test_rebuilt_from_its_groups_it_is_the_same(dtype: torch.dtype) -> None:
         if rebuild:
             opt = type(opt)(opt.param_groups)
         assert values(opt) == before
+        assert {k: before[0][k] for k in options} == options
         assert before[0]["param_names"][0] == "0.weight"
         train(model, opt)
         results.append(weights(model))

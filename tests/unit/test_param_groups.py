@@ -17,7 +17,9 @@ def placed(groups: list[dict]) -> dict[str, tuple[bool, float, float]]:
     return found
 
 
-@pytest.mark.parametrize("build", [torchvision.models.resnet18, torchvision.models.resnet50, torchvision.models.alexnet])
+@pytest.mark.parametrize(
+    "build", [torchvision.models.resnet18, torchvision.models.resnet50, torchvision.models.alexnet]
+)
 @pytest.mark.parametrize("adaptation", ["none", "bn_bias"])
 @pytest.mark.parametrize("decay", ["none", "bn_bias"])
 @pytest.mark.parametrize("bias_lr_scale", [1.0, 0.1])

@@ -1,0 +1,156 @@
+"""Break the code on purpose, one line at a time: each break must turn the test that guards it red.
+
+    python tests/mutants.py [WORD ...]      only the rows that contain all of the words
+
+Works on a copy of the tree in a temporary folder. First the named tests must be green there, unbroken. Exit status 1 if
+a mutant survives, or if a row no longer fits the code.
+"""
+
+# ruff: noqa: E501  one row of the table is one line
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class Mutant(NamedTuple):
+    """`old` stands exactly once in `file`; with `new` in its place, `test` must fail."""
+
+    file: str
+    old: str
+    new: str
+    test: str
+
+
+LARS, FOREACH, FUSED, TENSORS = (f"dist_lars/optim/{name}.py" for name in ("lars", "foreach", "fused", "tensors"))
+LAMB, GROUPS, BUILD = (f"dist_lars/optim/{name}.py" for name in ("lamb", "groups", "build"))
+GOLDEN = "tests/unit/test_lars.py::test_golden_steps"
+ORACLE = "tests/unit/test_lars.py::test_multi_tensor_path_equals_the_oracle"
+FUSED_ORACLE = "tests/unit/test_lars.py::test_fused_path_equals_the_oracle"
+DEFECTS, TORCH = "tests/unit/test_lars_defects.py", "tests/unit/test_lars_torch.py"
+
+MUTANTS = [
+    # The law.
+    Mutant(FOREACH, '== "inside"', '== "outside"', GOLDEN),
+    Mutant(FOREACH, '== "norm_of_sum"', '== "sum_of_norms"', GOLDEN),
+    Mutant(FUSED, 'if group["lr_placement"] == "outside" else', "if True else", GOLDEN),
+    Mutant(FUSED, '== "norm_of_sum"', '== "sum_of_norms"', GOLDEN),
+    Mutant(LARS, '== "sum_of_norms" else 0.0', '== "" else 0.0', GOLDEN),
+    Mutant(LARS, 'group["trust_coefficient"] * w_norm', "0.001 * w_norm", GOLDEN),
+    Mutant(LARS, ' + group["eps"])', ")", ORACLE),
+    Mutant(LARS, "(ratio / group[\"lr\"]).clamp(max=1.0)", 'ratio.clamp(max=1.0)', "tests/unit/test_lars.py::test_clip_puts_the_smaller_of_rate_and_ratio_in_place_of_their_product"),
+    Mutant(LARS, '(w_norm < group["min_norm"]) | (w_norm == 0)', "(w_norm == 0)", f"{DEFECTS}::test_bolts_solo_systemds_small_norm_keeps_decay_and_moves_at_the_raw_rate"),
+    Mutant(LARS, ' | (w_norm == 0) | ', " | ", f"{DEFECTS}::test_bitsandbytes_noahgolmant_tensors_that_start_at_zero_are_not_frozen"),
+    Mutant(LARS, " | (x_norm == 0)", "", f"{TORCH}::test_zero_weights_and_zero_gradients_stay_finite"),
+    Mutant(FOREACH, "    if vs:\n", "    if vs and group[\"momentum\"] > 0.6:\n", ORACLE),
+    Mutant(FOREACH, 'vs, alpha=group["momentum"])', "vs)", ORACLE),
+    Mutant(TENSORS, "        torch._foreach_neg_(ds)", "        pass", ORACLE),
+    Mutant(TENSORS, "gs, ws, alpha=weight_decay", "gs, ws, alpha=2 * weight_decay", f"{DEFECTS}::test_systemds_decay_is_applied_exactly_once"),
+    Mutant(FUSED, 'sign = -1.0 if group["maximize"] else 1.0\n        scratch', "sign = 1.0\n        scratch", FUSED_ORACLE),
+    Mutant(FUSED, 'fixed = {"weight_decay": group["weight_decay"]', 'fixed = {"weight_decay": 0.0', GOLDEN),
+    Mutant(FUSED, "SMALLEST_GAIN = 2.0**-28", "SMALLEST_GAIN = 0.0", "tests/unit/test_lars.py::test_tiny_rates_keep_their_digits"),
+    Mutant(FUSED, "DOT = 1 << 20", "DOT = 1 << 40", "tests/unit/test_lars.py::test_norms_of_a_large_layer_are_accurate"),
+    Mutant(FUSED, "        x_square += torch", "        x_square = torch", "tests/unit/test_lars.py::test_large_layer_in_blocks_equals_the_oracle"),
+    Mutant(TENSORS, "tensors[0].is_cpu and dtype == torch.float32", "False", "tests/unit/test_lars.py::test_norms_of_a_large_layer_are_accurate"),
+    # A citizen of torch.
+    Mutant(LARS, 'if group["clip"]:', 'if group["clip"] or not bool((w_norm >= 0).all()):', f"{TORCH}::test_step_on_cuda_reads_nothing_back"),
+    Mutant(LAMB, "torch.where((w_norm == 0)", "torch.where((w_norm == 0) | (float(w_norm.sum()) < 0)", f"{TORCH}::test_lamb_on_cuda_reads_nothing_back"),
+    Mutant(LARS, "super().__init__(params, options)", 'super().__init__(params, {**options, "eps": 1e-9})', f"{TORCH}::test_rebuilt_from_its_groups_it_is_the_same"),
+    Mutant(LARS, "_step_supports_amp_scaling = True", "_step_supports_amp_scaling = False", f"{TORCH}::test_loss_scale_changes_nothing"),
+    Mutant(FOREACH, "    scale.unscale_([g_norm])\n", "", f"{TORCH}::test_loss_scale_changes_nothing"),
+    Mutant(TENSORS, "                t.masked_fill_(self.overflow.to(t.device), 0.0)", "                pass", f"{TORCH}::test_overflow_changes_neither_weights_nor_momentum"),
+    Mutant(TENSORS, "torch.where(self.overflow.to(like.device), 1.0, value)", "torch.where(self.overflow.to(like.device), value, value)", f"{TORCH}::test_overflow_changes_neither_weights_nor_momentum"),
+    Mutant(TENSORS, "return torch.float32 if dtype in", "return dtype if dtype in", f"{TORCH}::test_half_precision_takes_its_norms_in_float32"),
+    Mutant(TENSORS, "> limit and i > start", "> 2 * limit and i > start", f"{TORCH}::test_temporaries_are_at_most_one_largest_layer"),
+    Mutant(TENSORS, "if g.is_sparse:", "if False:", f"{DEFECTS}::test_tensorflow_models_kozistr_sparse_gradients_are_refused_by_name"),
+    Mutant(TENSORS, "ds = [g.to(wide(g.dtype), copy=True) for g in gs]", "ds = [g.to(wide(g.dtype)) for g in gs]", f"{DEFECTS}::test_apex_kozistr_4uiiurz1_gradients_are_never_modified"),
+    Mutant(LARS, "elif not _follows(v, w):", "elif False:", f"{TORCH}::test_momentum_follows_a_model_that_changes_its_memory_format"),
+    Mutant(LARS, 'if group["momentum"] and p.requires_grad:', "if False:", f"{TORCH}::test_momentum_is_allocated_with_the_group"),
+    Mutant(LARS, "            with torch.enable_grad():\n                loss = closure()", "            loss = closure()", f"{DEFECTS}::test_apex_barlowtwins_moco_closure_works_with_gradients_enabled"),
+    Mutant(LARS, "lr: float | Tensor = required,", "lr: float | Tensor = 1.0,", f"{DEFECTS}::test_torch_88106_learning_rate_has_no_default"),
+    Mutant(LARS, "scale = LossScale.of(self)", '__import__("horovod.torch").torch.allreduce(torch.ones(1)); scale = LossScale.of(self)', "tests/parallel/test_optim_horovod.py::test_ratios_agree_without_a_collective_of_their_own[2]"),
+    # LAMB.
+    Mutant(LAMB, "[1 - beta1**t for t in steps]", "[1.0 for t in steps]", "tests/unit/test_lamb.py::test_first_step_by_hand"),
+    Mutant(LAMB, "[1 - beta2**t for t in steps]", "[1.0 for t in steps]", "tests/unit/test_lamb.py::test_first_step_by_hand"),
+    Mutant(LAMB, "(w_norm == 0) | (u_norm == 0)", "(u_norm == 0)", "tests/unit/test_lamb.py::test_zero_weights_and_zero_gradients_stay_finite_and_are_not_frozen"),
+    Mutant(LAMB, 'ws, alpha=group["weight_decay"])', "ws, alpha=0.0)", "tests/unit/test_lamb.py::test_first_step_by_hand"),
+    # Groups and names.
+    Mutant(GROUPS, "NORMS = (_NormBase, ", "NORMS = (nn.BatchNorm1d, ", "tests/unit/test_param_groups.py::test_resnet18_counts"),
+    Mutant(GROUPS, "0.0 if role in undecayed", '0.0 if role in undecayed - {"norm"}', "tests/unit/test_param_groups.py::test_batchnorm_under_a_name_without_bn_is_found_by_its_type"),
+    Mutant(GROUPS, "groups[role not in unadapted,", "groups[role not in undecayed,", "tests/unit/test_param_groups.py::test_every_parameter_is_in_exactly_one_group"),
+    Mutant(GROUPS, "    _refuse_shared(owned)\n", "", "tests/unit/test_param_groups.py::test_shared_parameters_are_refused_by_both_names"),
+    Mutant(GROUPS, "or parameter.dim() > 1 else", "or True else", "tests/unit/test_param_groups.py::test_bare_vectors_need_a_role"),
+    Mutant(BUILD, "return otherwise if value is None else value", "return value or otherwise", f"{DEFECTS}::test_mlcommons_tf2_eps_of_zero_stays_zero"),
+    Mutant(BUILD, '"lr": lr * group.get("lr_scale", 1.0)', '"lr": lr', "tests/unit/test_optim_build.py::test_each_name_builds_steps_and_survives_the_rebuild"),
+    # Benchmarks.
+    Mutant("benchmarks/record.py", "np.asarray(values, dtype=np.float64) / np.asarray(base, dtype=np.float64)", "np.asarray(values, dtype=np.float64) / np.median(base)", "tests/unit/test_record.py::test_ratios_are_taken_round_by_round"),
+    Mutant("benchmarks/record.py", "and not PRIVATE.search(k)", "", "tests/unit/test_record.py::test_record_is_read_back_and_says_where_it_was_measured"),
+]  # fmt: skip
+
+
+def copy_tree(target: Path) -> None:
+    """Everything that git knows or would take, so that neither environments nor runs come along."""
+    names = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard", "-z"], cwd=ROOT, capture_output=True, check=True
+    ).stdout.decode()
+    for name in filter(None, names.split("\0")):
+        source = ROOT / name
+        if source.is_file():
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(source, target / name)
+
+
+def run_tests(tree: Path, tests: Iterable[str]) -> subprocess.CompletedProcess[str]:
+    """pytest in the tree, which comes first on the path: an installed copy of the package is not meant."""
+    environment = {**os.environ, "PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
+    words = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
+    return subprocess.run(words, cwd=tree, env=environment, capture_output=True, text=True, timeout=600)
+
+
+def verdict(tree: Path, mutant: Mutant) -> str:
+    """Say "red" if the test found the break; anything else is a fault of the row, the test or the code."""
+    path = tree / mutant.file
+    text = path.read_text(encoding="utf-8")
+    if text.count(mutant.old) != 1:
+        return f"STALE: the old text stands {text.count(mutant.old)} times in the file"
+    path.write_text(text.replace(mutant.old, mutant.new), encoding="utf-8")
+    try:
+        done = run_tests(tree, [mutant.test])
+    finally:
+        path.write_text(text, encoding="utf-8")
+    # 1 means that a test failed; a mutant that cannot be imported (2) or a test that is not there (4) proves nothing.
+    return {0: "SURVIVED", 1: "red"}.get(done.returncode, f"BROKEN: pytest ended with {done.returncode}")
+
+
+def main(words: list[str]) -> int:
+    chosen = [m for m in MUTANTS if all(word in " ".join(m) for word in words)]
+    with tempfile.TemporaryDirectory() as folder:
+        tree = Path(folder)
+        copy_tree(tree)
+        unbroken = run_tests(tree, dict.fromkeys(m.test for m in chosen))
+        if unbroken.returncode != 0:
+            print(
+                f"the tests are not green before anything is broken:\n{unbroken.stdout[-3000:]}{unbroken.stderr[-1000:]}"
+            )
+            return 1
+        failed = 0
+        for number, mutant in enumerate(chosen, 1):
+            result = verdict(tree, mutant)
+            failed += result != "red"
+            change = f"{mutant.old.strip()!r} -> {mutant.new.strip()!r}"
+            print(f"{number:3}/{len(chosen)} {result:9} {mutant.file}: {change}\n{'':17}{mutant.test}", flush=True)
+    print(f"{len(chosen) - failed} of {len(chosen)} mutants turned their test red")
+    return int(failed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
