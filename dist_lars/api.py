@@ -7,6 +7,8 @@ print(api.evaluate(result.run_dir, "path/to/images"))
 """
 
 import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -45,13 +47,12 @@ def train(config: Config, comm: Comm | None = None) -> Result:
     torch.set_num_threads(threads)
     torch.manual_seed(config.seed)
     sets = open_sets(config, comm)
-    try:
+    with agreed():
         plan = make_plan(config, comm.size, len(sets.train), len(sets.val))
-    except UserError as e:
-        raise AgreedError(str(e)) from e
     ranks.assert_same(comm, "\n".join([*_lines(config), f"computes in {autocast}", str(plan)]), "the configuration")
     run_dir = Path(ranks.on_first_rank(comm, lambda: open_run_dir(config), "run_dir"))
-    job = make_job(config, comm, plan, len(sets.classes), device, autocast)
+    with agreed():
+        job = make_job(config, comm, plan, len(sets.classes), device, autocast)
     start = _resume(job, config, run_dir, sets.classes)
     ranks.sync_parameters(job.model, comm)
     ranks.assert_same(comm, str(ranks.checksum(job.model)), "the initial weights")
@@ -70,11 +71,20 @@ def _lines(config: Config) -> list[str]:
 
 def _resume(job: engine.Job, config: Config, run_dir: Path, classes: tuple[str, ...]) -> int:
     origin = ranks.on_first_rank(job.comm, lambda: resume_path(config, run_dir), "resume from")
-    if origin is None:
-        return 0
+    with agreed():
+        if origin is not None:
+            return restore(job, checkpoint.load(origin), config, classes, origin)
+        if config.model.weights:
+            checkpoint.load_weights(job.model, checkpoint.read_weights(config.model.weights), config.model.weights)
+    return 0
+
+
+@contextmanager
+def agreed() -> Iterator[None]:
+    """Around what every rank computes or reads alike, and refuses alike."""
     try:
-        return restore(job, checkpoint.load(origin), config, classes, origin)
-    except UserError as e:  # every rank reads the same file
+        yield
+    except UserError as e:
         raise AgreedError(str(e)) from e
 
 
@@ -111,8 +121,6 @@ def make_job(
 ) -> engine.Job:
     """Model, optimizer and gradient averaging of one rank, freshly initialised from torch's current seed."""
     model = make_model(config, classes)
-    if config.model.weights:
-        checkpoint.load_weights(model, checkpoint.read_weights(config.model.weights), config.model.weights)
     layout = torch.channels_last if config.model.channels_last else torch.contiguous_format
     model = model.to(device=device, memory_format=layout)  # type: ignore[call-overload]
     return engine.Job(
