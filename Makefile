@@ -6,7 +6,7 @@
 #   MPI_HOME, HOROVOD_GPU_OPERATIONS, HOROVOD_BUILD_ARCH_FLAGS, ...: see README.md, "Installation"
 
 SHELL  := /bin/bash
-PYTHON ?= $(firstword $(foreach name,python3.11 python3.12 python3.13 python3,$(shell command -v $(name))))
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do $$p -c '' 2>/dev/null && command -v $$p && break; done)
 VENV   ?= .venv
 NP     ?= 2
 ARGS   ?=
