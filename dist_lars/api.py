@@ -10,20 +10,21 @@ import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from dist_lars import checkpoint, data, engine, models, optim
 from dist_lars import comm as ranks
-from dist_lars.comm import AgreedError, Comm
+from dist_lars.comm import Comm
 from dist_lars.config import Config, as_flat, data_path, from_flat
 from dist_lars.ema import Ema
-from dist_lars.errors import UserError
+from dist_lars.errors import AgreedError, UserError
 from dist_lars.plan import Plan, make_plan
 from dist_lars.resources import cores_per_rank, pick_autocast, pick_device, share_cores
-from dist_lars.run import Result, Run, open_run_dir, restore, resume_path
+from dist_lars.run import Result, Run
+from dist_lars.rundir import open_run_dir, resume_path
 
 
 class Scores(NamedTuple):
@@ -50,13 +51,24 @@ def train(config: Config, comm: Comm | None = None) -> Result:
     with agreed():
         plan = make_plan(config, comm.size, len(sets.train), len(sets.val))
     ranks.assert_same(comm, "\n".join([*_lines(config), f"computes in {autocast}", str(plan)]), "the configuration")
-    run_dir = Path(ranks.on_first_rank(comm, lambda: open_run_dir(config), "run_dir"))
+    locks: list[Any] = []  # rank 0's, held until the run has ended
+
+    def own_run_dir() -> str:
+        run_dir, lock = open_run_dir(config)
+        locks.append(lock)
+        return str(run_dir)
+
+    run_dir = Path(ranks.on_first_rank(comm, own_run_dir, "run_dir"))
     with agreed():
         job = make_job(config, comm, plan, len(sets.classes), device, autocast)
-    start = _resume(job, config, run_dir, sets.classes)
+    run = Run(config, job, sets, run_dir, workers)
+    _resume(run, config, run_dir)
     ranks.sync_parameters(job.model, comm)
     ranks.assert_same(comm, str(ranks.checksum(job.model)), "the initial weights")
-    return Run(config, job, sets, run_dir, workers).go(start)
+    result = run.go()
+    for lock in locks:
+        lock.close()
+    return result
 
 
 def start_ranks(config: Config) -> Comm:
@@ -69,14 +81,16 @@ def _lines(config: Config) -> list[str]:
     return [f"{k}: {v}" for k, v in as_flat(config).items()]
 
 
-def _resume(job: engine.Job, config: Config, run_dir: Path, classes: tuple[str, ...]) -> int:
-    origin = ranks.on_first_rank(job.comm, lambda: resume_path(config, run_dir), "resume from")
+def _resume(run: Run, config: Config, run_dir: Path) -> None:
+    origin, damaged = ranks.on_first_rank(run.comm, lambda: resume_path(config, run_dir), "resume from")
+    for path in damaged:
+        run.log.say(f"warning: checkpoint {path} is damaged and passed over")
     with agreed():
         if origin is not None:
-            return restore(job, checkpoint.load(origin), config, classes, origin)
-        if config.model.weights:
-            checkpoint.load_weights(job.model, checkpoint.read_weights(config.model.weights), config.model.weights)
-    return 0
+            run.restore(origin)
+        elif config.model.weights:
+            weights = checkpoint.read_weights(config.model.weights)
+            checkpoint.load_weights(run.job.model, weights, config.model.weights)
 
 
 @contextmanager

@@ -3,9 +3,11 @@
 Knows files, not ranks. Loading uses `weights_only=True`: a checkpoint cannot run code.
 """
 
+import hashlib
+import io
 import os
 import pickle
-import zipfile
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -17,31 +19,50 @@ FORMAT = 1
 
 
 def write_aside(path: Path, data: bytes) -> None:
-    """Replace a small file so that readers see the old content or the new one, never a part."""
+    """Replace a file so that readers see the old content or the new one, never a part."""
     aside = path.with_name(f".{path.name}.{os.getpid()}")
-    with aside.open("wb") as f:
-        f.write(data)
-        f.flush()
-        os.fsync(f.fileno())
-    aside.replace(path)
+    try:
+        with aside.open("wb") as f:
+            f.write(data)
+            f.flush()
+            os.fsync(f.fileno())
+        aside.replace(path)
+    except OSError:
+        aside.unlink(missing_ok=True)  # a part of it would only keep a full disk full
+        raise
 
 
 def save(folder: Path, state: dict[str, Any], *, best: bool, keep: int) -> Path:
     """Write FOLDER/step-N.pt for `state["step"]`, then move the pointers, then drop all but `keep` and the best."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"step-{state['step']:09d}.pt"
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    with aside.open("wb") as f:
-        torch.save({"format": FORMAT, **state}, f)
-        f.flush()
-        os.fsync(f.fileno())
-    aside.replace(path)
+    write_aside(path, to_bytes(state))
     _sync_folder(folder)  # the rename itself must be on disk before the pointer names it
     write_aside(folder / "latest", path.name.encode())
     if best:
         write_aside(folder / "best", path.name.encode())
     _drop_old(folder, keep)
     return path
+
+
+COMMENT = b"sha256:"  # then 64 hex digits: the comment field at the very end of a zip file
+
+
+def to_bytes(state: dict[str, Any]) -> bytes:
+    """What torch.save writes, a zip file, with its SHA-256 as the zip's comment: torch.load still reads it."""
+    buffer = io.BytesIO()
+    torch.save({"format": FORMAT, **state}, buffer)
+    plain = buffer.getvalue()
+    comment = COMMENT + hashlib.sha256(plain).hexdigest().encode()
+    return plain[:-2] + struct.pack("<H", len(comment)) + comment
+
+
+def verify(data: bytes) -> bool:
+    """Whether these are the bytes that `to_bytes` made."""
+    size = len(COMMENT) + 64
+    plain, length, comment = data[: -size - 2], data[-size - 2 : -size], data[-size:]
+    digest = hashlib.sha256(plain + b"\0\0").hexdigest().encode()
+    return length == struct.pack("<H", size) and comment == COMMENT + digest
 
 
 def _sync_folder(folder: Path) -> None:
@@ -74,6 +95,16 @@ def find(run_dir: Path) -> Path | None:
     return pointed_at(run_dir / "checkpoints", "latest")
 
 
+def newest_good(run_dir: Path) -> tuple[Path | None, list[Path]]:
+    """(the newest checkpoint that verifies, newer ones that are damaged)."""
+    damaged: list[Path] = []
+    for path in sorted((run_dir / "checkpoints").glob("step-*.pt"), reverse=True):
+        if verify(path.read_bytes()):
+            return path, damaged
+        damaged.append(path)
+    return None, damaged
+
+
 def load(path: str | Path) -> dict[str, Any]:
     """The saved state, on the CPU; raises `UserError` for what is not a whole checkpoint of ours."""
     path = Path(path)
@@ -84,14 +115,18 @@ def load(path: str | Path) -> dict[str, Any]:
         path = found
     if not path.is_file():
         raise UserError(f"checkpoint {path} does not exist")
-    if not zipfile.is_zipfile(path):  # torch's reader may raise anything on bytes that are none of its own
-        raise UserError(f"checkpoint {path} cannot be read: not a checkpoint, or cut short")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError, zipfile.BadZipFile) as e:
+        data = path.read_bytes()
+    except OSError as e:
+        raise UserError(f"checkpoint {path} cannot be read: {e.strerror}") from e
+    if not verify(data):
+        raise UserError(f"checkpoint {path} is damaged, or not one of ours: its checksum does not hold")
+    try:
+        state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError) as e:  # whole, but of things that a checkpoint never holds
         raise UserError(f"checkpoint {path} cannot be read: {str(e).splitlines()[0]}") from e
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise UserError(f"{path} is not a dist_lars checkpoint of format {FORMAT}")
+    if state.get("format") != FORMAT:
+        raise UserError(f"{path} has format {state.get('format')}, this version of dist_lars reads {FORMAT}")
     return state
 
 

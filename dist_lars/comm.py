@@ -15,7 +15,7 @@ from typing import Any, NoReturn, Protocol, TypeVar
 import torch
 from torch import nn
 
-from dist_lars.errors import UserError
+from dist_lars.errors import AgreedError, UserError
 from dist_lars.reducer import Reducer
 
 T = TypeVar("T")
@@ -31,6 +31,9 @@ class Comm(Protocol):
 
     def sum(self, values: Mapping[str, float]) -> dict[str, float]:
         """Add numbers over ranks in float64 (exact for counts below 2^53): one collective."""
+
+    def sum_later(self, values: list[int]) -> Callable[[], list[int]]:
+        """Begin to add small integers over ranks; the returned function waits for the sums. One at a time."""
 
     def average_(self, flat: torch.Tensor, name: str) -> None:
         """Replace a tensor by its mean over ranks."""
@@ -64,6 +67,9 @@ class LocalComm:
 
     def sum(self, values: Mapping[str, float]) -> dict[str, float]:
         return {k: float(v) for k, v in values.items()}
+
+    def sum_later(self, values: list[int]) -> Callable[[], list[int]]:
+        return lambda: values
 
     def average_(self, flat: torch.Tensor, name: str) -> None:
         pass
@@ -105,6 +111,11 @@ class HorovodComm:
         flat = torch.tensor([float(v) for v in values.values()], dtype=torch.float64)
         total = self.hvd.allreduce(flat, name="sum." + ".".join(values), op=self.hvd.Sum)
         return dict(zip(values, total.tolist(), strict=True))
+
+    def sum_later(self, values: list[int]) -> Callable[[], list[int]]:
+        # int32, so that it is never fused with gradients: their sums must not depend on it
+        handle = self.hvd.allreduce_async(torch.tensor(values, dtype=torch.int32), name="notes", op=self.hvd.Sum)
+        return lambda: self.hvd.synchronize(handle).tolist()
 
     def average_(self, flat: torch.Tensor, name: str) -> None:
         self.hvd.allreduce_(flat, name=name, op=self.hvd.Average)
@@ -221,10 +232,6 @@ def on_first_rank(comm: Comm, action: Callable[[], T], name: str) -> T:
     if not good:
         raise AgreedError(value)
     return value
-
-
-class AgreedError(UserError):
-    """A `UserError` that every rank raises alike: it is printed once."""
 
 
 def assert_same(comm: Comm, text: str, what: str) -> None:

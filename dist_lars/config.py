@@ -117,8 +117,29 @@ class Schedule:
 @dataclass(frozen=True)
 class Resume:
     start: str = option("auto", "auto: the newest checkpoint of run_dir if there is one; never; or a path", key="from")
+    allow: tuple[str, ...] = option((), "options that may differ from those of the run that is continued")
     save_epochs: int = option(1, "save a checkpoint after every so many epochs (and at the end)")
+    save_steps: int | None = option(None, "save after every so many steps, too")
+    save_minutes: float | None = option(None, "save after every so many minutes, too")
     keep: int = option(3, "newest checkpoints to keep, beside the best")
+    on_save_error: Literal["continue", "stop"] = option(
+        "continue", "what to do when a checkpoint cannot be written (disk full); the one before stays good"
+    )
+
+
+@dataclass(frozen=True)
+class Guard:
+    nonfinite: Literal["stop", "skip", "rollback"] = option(
+        "stop", "when a gradient is inf or nan: stop and save the state for inspection, skip the step, or go back to "
+        "the last checkpoint with half the learning rate",
+    )  # fmt: skip
+    max_skips: int = option(10, "give up after so many skipped steps, or rolled-back ones")
+    max_loss: float | None = option(None, "a loss that counts as diverged (default: 3 x ln(classes))")
+    max_loss_steps: int = option(200, "stop when the loss stays above max_loss for so many steps")
+    check_steps: int = option(500, "compare the replicas of all ranks after every so many steps")
+    hang_seconds: float | None = option(
+        None, "end the job when a rank makes no progress for so long (default: 300 s, or 30 x the longest step)"
+    )
 
 
 @dataclass(frozen=True)
@@ -147,11 +168,15 @@ class Config:
         "auto", "auto: bf16 where the hardware has it, else fp32; fp16 (with loss scaling) needs CUDA"
     )
     device: Literal["auto", "cpu", "cuda"] = option("auto", "auto: cuda:local_rank when there is one")
+    max_time: str | None = option(
+        None, "save and stop before this much time has passed: HH:MM:SS, D-HH:MM:SS or minutes"
+    )
     data: Data = field(default_factory=Data)
     model: Model = field(default_factory=Model)
     optim: Optim = field(default_factory=Optim)
     schedule: Schedule = field(default_factory=Schedule)
     resume: Resume = field(default_factory=Resume)
+    guard: Guard = field(default_factory=Guard)
     comm: Comm = field(default_factory=Comm)
     log: Log = field(default_factory=Log)
 
@@ -160,7 +185,9 @@ class Config:
 
 
 # Keys that may differ when a run continues: they change where it runs and what it prints, not what it computes.
-MAY_DIFFER_ON_RESUME = ("run_dir", "name", "data.path", "data.val", "data.workers", "device", "resume.", "log.")
+MAY_DIFFER_ON_RESUME = (
+    "run_dir", "name", "max_time", "data.path", "data.val", "data.workers", "device", "resume.", "guard.", "log.",
+)  # fmt: skip
 
 
 # --- names: the nested dataclasses as one flat table ------------------------------------------------------------------
@@ -239,8 +266,9 @@ def flat_yaml(text: str, origin: str) -> dict[str, Any]:
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """Lines `key: old -> new` for every option that matters to a resumed run and differs."""
-    keys = [k for k in {**old, **new} if not k.startswith(MAY_DIFFER_ON_RESUME)]
+    """Lines `key: old -> new` for every option that matters to a resumed run and differs; `resume.allow` is excused."""
+    excused = (*MAY_DIFFER_ON_RESUME, *new.get("resume.allow", ()))
+    keys = [k for k in {**old, **new} if not k.startswith(excused)]
     old, new = plain(old), plain(new)
     pairs = [(k, old.get(k, "(absent)"), new.get(k, "(absent)")) for k in keys]
     return [f"{k}: {a} -> {b}" for k, a, b in pairs if a != b]

@@ -2,9 +2,12 @@
 
 import contextlib
 import hashlib
+import math
+import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import nn
@@ -13,13 +16,29 @@ from dist_lars.comm import Comm, averaged_buffers
 from dist_lars.data.transforms import normalise
 from dist_lars.ema import Ema
 from dist_lars.errors import UserError
+from dist_lars.guards import gradient_norm
 from dist_lars.metrics import Counts, cross_entropy, means
 from dist_lars.plan import Plan
 from dist_lars.reducer import Reducer
 from dist_lars.runlog import RunLog
 from dist_lars.schedule import lr_at
 
-Batches = Iterable[tuple[torch.Tensor, torch.Tensor]]  # pixels uint8 [N, H, W, 3], labels int64 [N]
+Batch = tuple[torch.Tensor, torch.Tensor]  # pixels uint8 [N, H, W, 3], labels int64 [N]
+Batches = Iterable[Batch]
+
+
+class Hooks(Protocol):
+    """What the owner of a run does between two steps, on all ranks alike."""
+
+    @property
+    def lr_factor(self) -> float:
+        """Of the scheduled learning rate; below 1 after a roll-back."""
+
+    def after_step(self, step: int, norm: float) -> None:
+        """`step` steps are done, the last with a gradient of this norm: check, evaluate, save."""
+
+    def loss(self, step: int, loss: float) -> None:
+        """The mean loss since the last call."""
 
 
 @dataclass(frozen=True)
@@ -40,33 +59,30 @@ class Job:
     ema: Ema | None = None  # running average of weights and float buffers, evaluated in their place
 
 
-def train(job: Job, batches: Batches, start: int, log: RunLog, every: int, end_of_epoch: Callable[[int], None]) -> None:
-    """Run optimizer steps `start` ... `plan.total_steps`; `end_of_epoch(steps done)` evaluates and saves."""
-    plan, counts, stream = job.plan, Counts(job.device), iter(batches)
+def train(job: Job, batches: Batches, start: int, counts: Counts, log: RunLog, every: int, hooks: Hooks) -> None:
+    """Run optimizer steps `start` ... `plan.total_steps`, telling `hooks` after each; they may raise to end it."""
+    plan, clock = job.plan, Clock()
+    stream = clock.timed(iter(batches))
     log.start_bar(start * plan.batch_size, plan.total_steps * plan.batch_size)
-    clock = Clock()
     job.model.train()
     for step in range(start, plan.total_steps):
-        lr = set_lr(job.optimizer, lr_at(step, plan.rate))
-        train_step(job, clock.timed(stream), step, counts)
-        if job.ema is not None:
-            job.ema.update(step)
+        lr = set_lr(job.optimizer, hooks.lr_factor * lr_at(step, plan.rate))
+        norm = train_step(job, stream, step, counts, clock)
         log.advance(plan.batch_size)
-        epoch_ends = (step + 1) % plan.steps_per_epoch == 0
-        if (step + 1) % every == 0 or epoch_ends:
-            report(job, step + 1, lr, counts, clock, log)
-        if epoch_ends:
-            end_of_epoch(step + 1)
-            clock.restart()
+        if (step + 1) % every == 0 or (step + 1) % plan.steps_per_epoch == 0:
+            hooks.loss(step + 1, report(job, step + 1, lr, norm, counts, clock, log))
+        with clock.paused():
+            hooks.after_step(step + 1, norm)
 
 
-def train_step(job: Job, stream: Iterator[tuple[torch.Tensor, torch.Tensor]], step: int, counts: Counts) -> None:
-    """One optimizer step on `accumulation` micro-batches of this rank.
+def train_step(job: Job, stream: Iterator[Batch], step: int, counts: Counts, clock: "Clock") -> float:
+    """One optimizer step on `accumulation` micro-batches of this rank; the norm of the averaged gradient.
 
     Three places divide: cross-entropy by the micro-batch, this function by the accumulation, the reducer by the ranks;
-    all micro-batches have one size, so the gradient is the exact mean over the global batch.
+    all micro-batches have one size, so the gradient is the exact mean over the global batch. Where its norm is not
+    finite, which all ranks see alike, the weights are left as they are.
     """
-    passes = job.plan.accumulation
+    passes, before = job.plan.accumulation, counts.sums.clone()
     begin(job)
     for i in range(passes):
         pixels, labels = to_device(next(stream), job.device)
@@ -79,12 +95,25 @@ def train_step(job: Job, stream: Iterator[tuple[torch.Tensor, torch.Tensor]], st
         job.scaler.scale(loss / passes).backward()
         counts.add(loss, logits, labels)
     if job.reducer is not None:
-        job.reducer.finish()
-    if job.clip_norm is not None:
-        job.scaler.unscale_(job.optimizer)
-        nn.utils.clip_grad_norm_(job.model.parameters(), job.clip_norm)
-    job.scaler.step(job.optimizer)
-    job.scaler.update()
+        with clock.communicating():
+            job.reducer.finish()
+    job.scaler.unscale_(job.optimizer)
+    norm = gradient_norm(job.model.parameters())
+    if math.isfinite(norm) or job.scaler.is_enabled():  # the scaler skips an overflow by itself, and lowers its scale
+        if job.clip_norm is not None:
+            clip(job.model.parameters(), job.clip_norm, norm)
+        job.scaler.step(job.optimizer)
+        job.scaler.update()
+        if job.ema is not None:
+            job.ema.update(step)
+    else:
+        counts.sums.copy_(before)
+    return norm
+
+
+def clip(parameters: Iterable[nn.Parameter], limit: float, norm: float) -> None:
+    """Scale the gradients, whose global norm is `norm`, down to `limit`."""
+    nn.utils.clip_grads_with_norm_(parameters, limit, torch.tensor(norm, dtype=torch.float64))
 
 
 def begin(job: Job) -> None:
@@ -133,12 +162,16 @@ def evaluated_weights(job: Job) -> contextlib.AbstractContextManager[None]:
     return contextlib.nullcontext() if job.ema is None else job.ema.swapped()
 
 
-def report(job: Job, steps_done: int, lr: float, counts: Counts, clock: "Clock", log: RunLog) -> None:
-    """Sum the interval over ranks (one collective) and say it."""
-    seconds, waited = clock.lap()
-    sums = job.comm.sum(counts.take() | {"waited": waited})
-    speed = sums["count"] / seconds
+def report(job: Job, steps_done: int, lr: float, norm: float, counts: Counts, clock: "Clock", log: RunLog) -> float:
+    """Sum the interval over ranks (one collective) and say it; the mean loss.
+
+    A straggler shows as the rank that spends most of the interval on its own work: the others wait for it.
+    """
+    lap, ranks = clock.lap(), range(job.comm.size)
+    own = {f"busy.{r}": lap.seconds - lap.communicated if r == job.comm.rank else 0.0 for r in ranks}
+    sums = job.comm.sum(counts.take() | {"waited": lap.waited} | own)
     values = means(sums)
+    busy = [sums[f"busy.{r}"] for r in ranks]
     log.advance(0, loss=values["loss"], top1=values["top1"], lr=lr)
     log.line(
         "train",
@@ -146,9 +179,13 @@ def report(job: Job, steps_done: int, lr: float, counts: Counts, clock: "Clock",
         epoch=steps_done / job.plan.steps_per_epoch,
         lr=lr,
         **values,
-        images_per_s=speed,
-        data_wait=sums["waited"] / job.comm.size / seconds,
+        gradient_norm=norm if math.isfinite(norm) else None,
+        images_per_s=sums["count"] / lap.seconds,
+        data_wait=sums["waited"] / job.comm.size / lap.seconds,
+        slowest_rank=busy.index(max(busy)),
+        slowest_ratio=max(busy) / max(statistics.median(busy), 1e-9),
     )
+    return values["loss"]
 
 
 @torch.no_grad()
@@ -170,16 +207,27 @@ def evaluate(
     return values
 
 
+class Lap(NamedTuple):
+    """Seconds of an interval: all of them, those spent waiting for data, those waiting for other ranks."""
+
+    seconds: float
+    waited: float
+    communicated: float
+
+
 class Clock:
-    """Wall-clock seconds of an interval, and those of them spent waiting for data."""
+    """Where the time of an interval goes."""
 
     def __init__(self) -> None:
-        self.restart()
+        self.since, self.waited, self.communicated = time.perf_counter(), 0.0, 0.0
 
-    def restart(self) -> None:
-        self.since, self.waited = time.perf_counter(), 0.0
+    def lap(self) -> Lap:
+        """What has passed since the last lap, and start again."""
+        done = Lap(time.perf_counter() - self.since, self.waited, self.communicated)
+        self.since, self.waited, self.communicated = time.perf_counter(), 0.0, 0.0
+        return done
 
-    def timed(self, stream: Iterator[tuple[torch.Tensor, torch.Tensor]]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def timed(self, stream: Iterator[Batch]) -> Iterator[Batch]:
         """The same stream, its waiting time added up."""
         while True:
             before = time.perf_counter()
@@ -187,8 +235,16 @@ class Clock:
             self.waited += time.perf_counter() - before
             yield batch
 
-    def lap(self) -> tuple[float, float]:
-        """(seconds, of them waited) since the last lap."""
-        seconds, waited = time.perf_counter() - self.since, self.waited
-        self.restart()
-        return seconds, waited
+    @contextlib.contextmanager
+    def communicating(self) -> Iterator[None]:
+        """Inside, this rank waits for the others."""
+        before = time.perf_counter()
+        yield
+        self.communicated += time.perf_counter() - before
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Inside, the time belongs to nobody: saving and evaluating are not training."""
+        before = time.perf_counter()
+        yield
+        self.since += time.perf_counter() - before

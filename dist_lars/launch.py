@@ -8,8 +8,10 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from dist_lars.cli import fail
-from dist_lars.comm import AgreedError, Comm
-from dist_lars.errors import UserError
+from dist_lars.comm import Comm
+from dist_lars.errors import AgreedError, UserError
+from dist_lars.stopping import EXIT_STOPPED
+from dist_lars.supervisor import Stopped
 
 
 def as_job(start: Callable[[], Comm], action: Callable[[Comm], object]) -> None:
@@ -20,19 +22,21 @@ def as_job(start: Callable[[], Comm], action: Callable[[Comm], object]) -> None:
         fail(e)
     try:
         action(comm)
+    except Stopped as e:
+        _leave_together(comm, str(e), EXIT_STOPPED)
     except AgreedError as e:
-        _leave_together(comm, e)
+        _leave_together(comm, f"error: {e}", 2)
     except BaseException as e:
         _fail_alone(comm, e)
     comm.close()
 
 
-def _leave_together(comm: Comm, error: AgreedError) -> NoReturn:
+def _leave_together(comm: Comm, text: str, code: int) -> NoReturn:
     if comm.rank == 0:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        print(text, file=sys.stderr, flush=True)
     comm.barrier()  # launchers kill everyone at the first exit: let rank 0 speak before
     comm.close()
-    raise SystemExit(2)
+    raise SystemExit(code)
 
 
 def _fail_alone(comm: Comm, error: BaseException) -> NoReturn:

@@ -17,12 +17,14 @@ def check(c: "Config") -> None:
         "data.image_size": c.data.image_size, "data.resize": c.data.resize, "data.classes": c.data.classes,
         "data.train_images": c.data.train_images, "data.val_images": c.data.val_images,
         "schedule.base_batch": c.schedule.base_batch, "resume.save_epochs": c.resume.save_epochs,
-        "resume.keep": c.resume.keep, "log.every_steps": c.log.every_steps, "log.eval_epochs": c.log.eval_epochs,
+        "resume.keep": c.resume.keep, "resume.save_steps": c.resume.save_steps or 1,
+        "guard.max_loss_steps": c.guard.max_loss_steps, "guard.check_steps": c.guard.check_steps,
+        "log.every_steps": c.log.every_steps, "log.eval_epochs": c.log.eval_epochs,
     }  # fmt: skip
     not_negative = {
         "seed": c.seed, "data.workers": c.data.workers or 0, "optim.weight_decay": c.optim.weight_decay,
         "schedule.warmup_epochs": c.schedule.warmup_epochs, "schedule.start_lr": c.schedule.start_lr,
-        "schedule.end_lr": c.schedule.end_lr,
+        "schedule.end_lr": c.schedule.end_lr, "guard.max_skips": c.guard.max_skips,
     }  # fmt: skip
     positive = {
         "schedule.base_lr": c.schedule.base_lr, "comm.bucket_mb": c.comm.bucket_mb,
@@ -30,6 +32,9 @@ def check(c: "Config") -> None:
         "optim.lr": 1.0 if c.optim.lr is None else c.optim.lr, "optim.bias_lr_scale": c.optim.bias_lr_scale,
         "model.fc_std": 1.0 if c.model.fc_std is None else c.model.fc_std,
         "optim.clip_norm": 1.0 if c.optim.clip_norm is None else c.optim.clip_norm,
+        "guard.max_loss": 1.0 if c.guard.max_loss is None else c.guard.max_loss,
+        "guard.hang_seconds": 1.0 if c.guard.hang_seconds is None else c.guard.hang_seconds,
+        "resume.save_minutes": 1.0 if c.resume.save_minutes is None else c.resume.save_minutes,
         "schedule.decay_epochs": 1.0 if c.schedule.decay_epochs is None else c.schedule.decay_epochs,
     }  # fmt: skip
     _require(at_least_one, lambda v: v >= 1, "must be at least 1")

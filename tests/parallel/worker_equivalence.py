@@ -69,7 +69,7 @@ def train(kind: str, comm: ranks.Comm, steps: int, clip: float | None = None) ->
     batches, counts, losses, sums = stream(order), Counts(job.device), [], []
     for step in range(steps):
         engine.set_lr(job.optimizer, engine.lr_at(step, p.rate))
-        engine.train_step(job, batches, step, counts)
+        engine.train_step(job, batches, step, counts, engine.Clock())
         total = comm.sum(counts.take())
         losses.append(total["loss"] / total["count"])
         sums.append(ranks.checksum(job.model))

@@ -10,10 +10,10 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 LEVELS = [
     ["errors"],
     ["config", "rules", "schedule", "plan", "cli", "recipes"],
-    ["optim", "models", "data", "metrics", "checkpoint", "runlog", "reducer", "ema"],
+    ["optim", "models", "data", "metrics", "checkpoint", "runlog", "reducer", "ema", "guards", "stopping", "watchdog"],
     ["comm"],
     ["engine", "resources"],
-    ["run"],
+    ["rundir", "state", "supervisor", "run"],
     ["api", "launch"],
     ["train", "evaluate", "doctor", "build_horovod", "build_facts", "build_log", "pillow_simd", "doctor_host"],
 ]

@@ -1,7 +1,9 @@
 """Checkpoints: whole or not there, newest and best kept, foreign ones refused."""
 
 import os
+import subprocess
 
+import numpy as np
 import pytest
 import torch
 
@@ -67,7 +69,7 @@ def test_a_checkpoint_cannot_run_code(tmp_path):
         def __reduce__(self):
             return os.system, (f"touch {tmp_path}/ran",)
 
-    torch.save({"format": checkpoint.FORMAT, "x": Evil()}, tmp_path / "evil.pt")
+    (tmp_path / "evil.pt").write_bytes(checkpoint.to_bytes({"x": Evil()}))
     with pytest.raises(UserError, match="cannot be read"):
         checkpoint.load(tmp_path / "evil.pt")
     assert not (tmp_path / "ran").exists()
@@ -77,11 +79,13 @@ def test_what_is_not_a_checkpoint_is_refused(tmp_path):
     (tmp_path / "text.pt").write_text("hello")
     torch.save([1, 2], tmp_path / "list.pt")
     whole = save(tmp_path, 1)
+    (tmp_path / "old.pt").write_bytes(checkpoint.to_bytes({"format": 0}))
     (tmp_path / "half.pt").write_bytes(whole.read_bytes()[:300])
     for name, message in {
-        "text.pt": "cannot be read",
-        "half.pt": "cannot be read",
-        "list.pt": "not a dist_lars checkpoint",
+        "text.pt": "is damaged, or not one of ours",
+        "half.pt": "is damaged",
+        "list.pt": "not one of ours",
+        "old.pt": "has format 0, this version of dist_lars reads 1",
         "none.pt": "does not exist",
     }.items():
         with pytest.raises(UserError, match=message):
@@ -97,3 +101,34 @@ def test_weights_of_another_model_are_named():
         checkpoint.load_weights(model, {"weight": torch.zeros(2, 4), "bias": torch.zeros(2)}, "x.pt")
     with pytest.raises(UserError, match="first extra: .* absent in the model"):
         checkpoint.load_weights(model, {**model.state_dict(), "extra": torch.zeros(1)}, "x.pt")
+
+
+def test_other_tools_can_read_it(tmp_path):
+    path = save(tmp_path, 3, model={"w": torch.ones(2)})
+    assert torch.load(path, weights_only=True)["model"]["w"].tolist() == [1, 1]
+    assert subprocess.run(["python3", "-m", "zipfile", "-t", str(path)], check=False).returncode == 0
+
+
+def test_every_flipped_byte_is_noticed(tmp_path):
+    data = save(tmp_path, 3, model={"w": torch.arange(40.0)}).read_bytes()
+    assert checkpoint.verify(data)
+    rng = np.random.RandomState(0)
+    ends = [0, 1, 30, 60, len(data) - 1, len(data) - 40, len(data) - 72, len(data) - 73, len(data) - 80]
+    for at in [*ends, *rng.randint(0, len(data), 300)]:
+        broken = bytearray(data)
+        broken[at] ^= 1 << rng.randint(8)
+        assert not checkpoint.verify(bytes(broken)), at
+    for size in [0, 1, 70, 80, len(data) // 2, len(data) - 1]:
+        assert not checkpoint.verify(data[:size])
+    assert not checkpoint.verify(data + b"x")
+
+
+def test_the_newest_good_one_is_found(tmp_path):
+    folder = tmp_path / "checkpoints"
+    paths = [save(folder, step, keep=9) for step in (1, 2, 3)]
+    assert checkpoint.newest_good(tmp_path) == (paths[2], [])
+    paths[2].write_bytes(paths[2].read_bytes()[:-1])
+    paths[1].write_bytes(b"")
+    assert checkpoint.newest_good(tmp_path) == (paths[0], [paths[2], paths[1]])
+    paths[0].unlink()
+    assert checkpoint.newest_good(tmp_path)[0] is None

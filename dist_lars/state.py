@@ -1,0 +1,102 @@
+"""What a run is between two steps: into a checkpoint and back, bit for bit."""
+
+import platform
+from dataclasses import dataclass
+from importlib import metadata
+from typing import Any
+
+import torch
+from torch import nn
+
+from dist_lars import checkpoint
+from dist_lars import comm as ranks
+from dist_lars.config import Config, as_flat, differences, plain
+from dist_lars.engine import Job
+from dist_lars.errors import UserError
+from dist_lars.metrics import Counts
+from dist_lars.rundir import keys, some
+
+
+@dataclass
+class Progress:
+    """The engine's own counters."""
+
+    step: int = 0
+    lr_factor: float = 1.0  # below 1 after a roll-back
+    skipped: int = 0  # steps whose gradient was not finite
+    rollbacks: int = 0
+
+
+def capture(job: Job, config: Config, classes: tuple[str, ...], progress: Progress, counts: Counts) -> dict[str, Any]:
+    """The whole state, complete on rank 0; a collective, and it changes nothing of what is computed."""
+    model, buffers = _snapshot(job.model, job.comm)
+    state = {
+        "step": progress.step,
+        "model": model,
+        "buffers": buffers,
+        "optimizer": job.optimizer.state_dict(),
+        "scaler": job.scaler.state_dict(),
+        "counters": {"lr_factor": progress.lr_factor, "skipped": progress.skipped, "rollbacks": progress.rollbacks},
+        "partial": job.comm.gather(counts.sums.tolist(), "partial sums"),
+        "classes": list(classes),
+        "config": plain(as_flat(config)),
+        "plan": plain(job.plan.as_dict()),
+        "versions": versions(),
+    }
+    if job.ema is not None:
+        with job.ema.swapped():
+            state["ema"], state["ema_buffers"] = _snapshot(job.model, job.comm)
+    return state
+
+
+def _snapshot(model: nn.Module, comm: ranks.Comm) -> tuple[dict[str, torch.Tensor], list[torch.Tensor]]:
+    """(weights with the mean of all ranks' buffers: what evaluates; every rank's own buffers: what continues)."""
+    own = comm.gather(ranks.pack(ranks.float_buffers(model)), "buffers of all ranks")
+    buffers = {name for name, _ in model.named_buffers()}
+    with ranks.averaged_buffers(model, comm):  # outside, the buffers are a rank's own again: keep copies of the mean
+        return {k: v.clone() if k in buffers else v for k, v in model.state_dict().items()}, own
+
+
+def restore(
+    job: Job, state: dict[str, Any], config: Config, classes: tuple[str, ...], counts: Counts, origin: str
+) -> Progress:
+    """Put a checkpoint into model, optimizer, scaler and counts.
+
+    Every rank gets its own BatchNorm buffers and partial sums back at the same number of ranks; at another, the mean
+    of the buffers, and rank 0 the sum of the sums.
+    """
+    different = differences(state["config"], as_flat(config))
+    if different:
+        raise UserError(
+            f"{origin} is of a run with other options ({some(different)}); give the same ones, or allow the "
+            f"difference: --resume.allow '[{keys(different)}]'"
+        )
+    if tuple(state["classes"]) != classes:
+        raise UserError(f"{origin} was trained on other classes than those of the data")
+    same_size, rank = len(state["buffers"]) == job.comm.size, job.comm.rank
+    _load(job.model, state["model"], state["buffers"][rank] if same_size else None, origin)
+    if job.ema is not None:
+        with job.ema.swapped():
+            _load(job.model, state["ema"], state["ema_buffers"][rank] if same_size else None, origin)
+    job.optimizer.load_state_dict(state["optimizer"])
+    job.scaler.load_state_dict(state["scaler"])
+    sums = torch.tensor(state["partial"], dtype=torch.float64)
+    counts.sums.copy_(sums[rank] if same_size else sums.sum(0) * (rank == 0))
+    return Progress(step=state["step"], **state["counters"])
+
+
+def _load(model: nn.Module, weights: dict[str, torch.Tensor], own: torch.Tensor | None, origin: str) -> None:
+    checkpoint.load_weights(model, weights, origin)
+    if own is not None:
+        ranks.unpack(own, ranks.float_buffers(model))
+
+
+def versions() -> dict[str, str]:
+    """What computed this run."""
+    found = {"python": platform.python_version()}
+    for name in ("dist_lars", "torch", "torchvision", "horovod", "numpy", "pillow", "pillow-simd"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
