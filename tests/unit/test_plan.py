@@ -83,9 +83,9 @@ def test_a_peak_below_the_start_is_refused():
 def test_the_plan_as_text_and_as_json():
     plan = make_plan(load_config("resnet18_8k"), 64, IMAGENET, 50_000)
     text = describe(plan).splitlines()
-    assert "  peak learning rate: 17 (optim.lr, not scaled)" in text
+    assert "  peak learning rate: 16 (sqrt: base 2.82843 per 256 images)" in text
     assert "  global batch: 8,192 = 64 ranks x 128 images x 1 passes" in text
-    assert json.loads(json.dumps(plan.as_dict()))["peak_lr"] == 17
+    assert json.loads(json.dumps(plan.as_dict()))["peak_lr"] == pytest.approx(16, rel=1e-12)
 
 
 @given(
