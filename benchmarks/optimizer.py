@@ -17,10 +17,11 @@ from typing import Any
 
 import torch
 import torchvision
-from torch import nn
+from torch import Tensor, nn
 
 from benchmarks import record, show
 from dist_lars.optim import LAMB, LARS, LAWS
+from dist_lars.optim.tensors import Group, LossScale
 
 #: An upper bound for a median ratio on ResNet-50: (slower, faster, at most).
 CLAIMS = [
@@ -52,6 +53,13 @@ class LoopLARS(torch.optim.Optimizer):
         self.inner.step()
 
 
+class MultiTensorLARS(LARS):
+    """LARS on the path of accelerators, here on the CPU: what the fused path is measured against."""
+
+    def _fused(self, parameters: list[Tensor], group: Group) -> Tensor | None:
+        return self._foreach(parameters, group, LossScale())
+
+
 def candidates(ps: list[nn.Parameter], twins: list[nn.Parameter]) -> dict[str, Callable[[], Any]]:
     """Steps by name; `twins` have gradients of their own, for the loop that changes them."""
     # A rate so small that the weights stay what they are through hundreds of steps.
@@ -65,6 +73,7 @@ def candidates(ps: list[nn.Parameter], twins: list[nn.Parameter]) -> dict[str, C
         law = LAWS[name]
         form = {k: getattr(law, k) for k in ("denominator", "lr_placement", "eps", "min_norm", "clip")}
         made[f"LARS {name}"] = LARS(ps, **momentum, **form)
+    made["LARS default, multi-tensor"] = MultiTensorLARS(ps, **momentum)
     made["LAMB"] = LAMB(ps, **common)
     made["torchlars-style loop"] = LoopLARS(twins, **momentum)
     try:

@@ -13,9 +13,9 @@ LEVELS = [
     ["optim", "models", "data", "metrics", "checkpoint", "runlog", "reducer", "ema", "guards", "stopping", "watchdog"],
     ["comm"],
     ["engine", "resources"],
-    ["rundir", "state", "supervisor", "run"],
+    ["rundir", "state", "supervisor", "inputs", "run"],
     ["api", "launch"],
-    ["train", "evaluate", "doctor", "build_horovod", "build_facts", "build_log", "pillow_simd", "doctor_host"],
+    ["train", "evaluate", "pack", "doctor", "build_horovod", "build_facts", "build_log", "pillow_simd", "doctor_host"],
 ]
 LEVEL = {room: n for n, rooms in enumerate(LEVELS) for room in rooms}
 
