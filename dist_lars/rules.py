@@ -19,10 +19,12 @@ def check(c: "Config") -> None:
         "schedule.base_batch": c.schedule.base_batch, "resume.save_epochs": c.resume.save_epochs,
         "resume.keep": c.resume.keep, "resume.save_steps": c.resume.save_steps or 1,
         "guard.max_loss_steps": c.guard.max_loss_steps, "guard.check_steps": c.guard.check_steps,
-        "log.every_steps": c.log.every_steps, "log.eval_epochs": c.log.eval_epochs,
+        "log.every_steps": c.log.every_steps, "log.trust_steps": c.log.trust_steps,
+        "log.eval_epochs": c.log.eval_epochs,
     }  # fmt: skip
     not_negative = {
-        "seed": c.seed, "data.workers": c.data.workers or 0, "optim.weight_decay": c.optim.weight_decay,
+        "seed": c.seed, "data.workers": c.data.workers or 0, "data.max_skipped": c.data.max_skipped,
+        "optim.weight_decay": c.optim.weight_decay,
         "schedule.warmup_epochs": c.schedule.warmup_epochs, "schedule.start_lr": c.schedule.start_lr,
         "schedule.end_lr": c.schedule.end_lr, "guard.max_skips": c.guard.max_skips,
     }  # fmt: skip

@@ -7,9 +7,10 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
-from dist_lars import checkpoint, data, engine
+from dist_lars import checkpoint, data, engine, inputs
 from dist_lars.config import Config, as_flat, plain
 from dist_lars.guards import Diverged
 from dist_lars.metrics import Counts
@@ -46,6 +47,9 @@ class Run:
         self.log = RunLog(
             run_dir if self.comm.rank == 0 else None, tensorboard=config.log.tensorboard, progress=config.log.progress
         )
+        self.log.advice = inputs.advice(config, sets, workers)
+        self.train_batches: data.Batches | data.Remembered | None = None
+        self.skipped: dict[str, str] = {}  # files that were no images, and why; of all ranks
         stacks = run_dir / f"stacks-rank{self.comm.rank}.txt"
         self.watchdog = Watchdog(self.comm.rank, stacks, config.guard.hang_seconds, self._failed)
         self.supervisor = Supervisor(config, job, run_dir, len(sets.classes))
@@ -91,7 +95,9 @@ class Run:
             start=self.progress.step,
             stop=self.plan.total_steps,
         )
-        batches = data.batches(self.sets.train, order, self.workers, pin=self.job.device.type == "cuda")
+        self.train_batches = batches = data.batches(
+            self.sets.train, order, self.workers, pin=self.job.device.type == "cuda"
+        )
         every = self.config.log.every_steps
         try:
             engine.train(self.job, batches, self.progress.step, self.counts, self.log, every, self)
@@ -129,6 +135,8 @@ class Run:
         if skipped:
             self.log.say(f"{skipped}: skipped ({self.progress.skipped} so far)")
             self.log.line("skip", step=step, reason=skipped)
+        if step % self.config.log.trust_steps == 0 and self.comm.rank == 0:
+            self._log_trust_ratios(step)
         if step % self.config.guard.check_steps == 0:
             self.supervisor.compare_replicas(step)
 
@@ -151,7 +159,20 @@ class Run:
         best = evaluate and self._evaluate(step)
         if save:
             self._save(best)
+        self._say_skipped(step)
         return save
+
+    def _say_skipped(self, step: int) -> None:
+        """Put the files that were no images, of all ranks, into the log, each once."""
+        if self.config.data.on_error != "skip":
+            return
+        own = {**(self.train_batches.skipped if self.train_batches else {}), **self.val_batches.skipped}
+        found = inputs.check_skipped(self.comm.gather(own, "skipped files"), self.config.data.max_skipped)
+        for name, why in found.items():
+            if name not in self.skipped:
+                self.log.say(f"skipped {name}: {why}")
+                self.log.line("skipped", step=step, file=name, reason=why)
+        self.skipped |= found
 
     # --- evaluating and saving ----------------------------------------------------------------------------------------
 
@@ -160,8 +181,9 @@ class Run:
         with engine.evaluated_weights(job):
             batches = self._watched(self.val_batches, "evaluating")
             self.scores = engine.evaluate(
-                job.model, batches, self.comm, job.device, job.autocast, expected=len(self.sets.val)
-            )
+                job.model, batches, self.comm, job.device, job.autocast, expected=len(self.sets.val),
+                left_out=lambda: len(self.val_batches.skipped),
+            )  # fmt: skip
         best = self.comm.rank == 0 and self.scores["top1"] > best_top1(self.run_dir, before=step)
         self.log.line("eval", step=step, epoch=epoch, weights="last" if job.ema is None else "averaged", **self.scores)
         s = self.scores
@@ -223,6 +245,13 @@ class Run:
         self._end_log("end", **result._asdict())
         self._status("finished", top1=result.top1)
         return result
+
+    def _log_trust_ratios(self, step: int) -> None:
+        """One line of log.jsonl: the ratio of every tensor, and the quantiles over them (min, quartiles, max)."""
+        ratios = getattr(self.job.optimizer, "trust_ratios", dict)()
+        if ratios:
+            quantiles = np.percentile(list(ratios.values()), [0, 25, 50, 75, 100]).tolist()
+            self.log.line("trust", step=step, quantiles=quantiles, ratios=ratios)
 
     def _end_log(self, kind: str, **facts: Any) -> None:
         self.log.line(kind, **facts)
