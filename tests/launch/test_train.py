@@ -172,10 +172,10 @@ def test_wrong_input_is_refused_without_a_traceback(command, image_folder, tmp_p
 def test_no_data_says_so_soon(command):
     before = time.monotonic()
     assert "no data: name an image folder" in refusal(command(*TRAIN, DIST_LARS_DATA=""))
-    assert time.monotonic() - before < 2  # nothing heavy is imported before
+    assert time.monotonic() - before < 5  # nothing heavy is imported before
     before = time.monotonic()
     done = command(*LAUNCHERS["horovodrun"], "2", *TRAIN, DIST_LARS_DATA="", timeout=60)
-    assert time.monotonic() - before < 10
+    assert time.monotonic() - before < 20
     assert "no data: name an image folder" in refusal_under_launcher(done)
 
 

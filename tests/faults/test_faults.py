@@ -1,0 +1,385 @@
+"""Everything that happens to jobs on clusters, done on purpose: nothing is lost but the steps since the last save.
+
+FAULT_KILLS and FAULT_SAVES set how many random kills are made (20 and 50; CI makes fewer).
+"""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from dist_lars import checkpoint, runlog
+from tests.conftest import ROOT, environment, run_command
+from tests.faults.conftest import EPOCHS, STEPS
+
+pytestmark = pytest.mark.faults
+KILLS = int(os.environ.get("FAULT_KILLS", "20"))
+SAVES = int(os.environ.get("FAULT_SAVES", "50"))
+TOTAL = EPOCHS * STEPS
+
+
+@pytest.fixture(scope="module")
+def untouched(tmp_path_factory, fault_images):
+    """The same job without a fault: what every continued one must end with."""
+    from tests.faults.conftest import Job
+
+    calm = Job(tmp_path_factory.mktemp("calm"), fault_images)
+    assert calm.finish() == 0, calm.text()[-3000:]
+    return checkpoint.load(calm.run_dir)
+
+
+def same(a, b) -> bool:
+    """Whether two checkpoints hold the same weights, buffers and momentum, to the last bit."""
+    momenta = [[s["momentum_buffer"] for s in c["optimizer"]["state"].values()] for c in (a, b)]
+    return (
+        all(torch.equal(a["model"][k], b["model"][k]) for k in a["model"])
+        and all(torch.equal(x, y) for x, y in zip(*momenta, strict=True))
+        and all(torch.equal(x, y) for x, y in zip(a["buffers"], b["buffers"], strict=True))
+    )
+
+
+PHASES = ["^start", "step 2$", "step [4-9]$", "saving", "evaluating", "step [12].$"]
+
+
+@pytest.mark.parametrize("n", range(KILLS))
+def test_a_killed_rank(job, tell, untouched, n):
+    """kill -9 of one rank in a random phase: the job ends, and the next one ends bit-identically."""
+    rng = random.Random(n)
+    rank, phase = rng.randrange(2), PHASES[n % len(PHASES)]
+    broken = job().start()
+    if phase == "^start":
+        time.sleep(rng.uniform(0.5, 3.0))
+        pids = broken.pids()
+        os.kill(pids[-1 if rank else 0], signal.SIGKILL)
+        hit = "starting"
+    else:
+        pid = broken.wait_for(phase, rank)
+        time.sleep(rng.uniform(0, 0.02))
+        hit = broken.phase(rank)[1]
+        os.kill(pid, signal.SIGKILL)
+    assert broken.wait(30) != 0
+    assert not broken.orphans()
+    seconds, reached, saved = broken.seconds, broken.last_step(), broken.saved_step()
+    assert reached - saved <= 3
+    assert broken.finish() == 0, broken.text()[-3000:]
+    assert same(checkpoint.load(broken.run_dir), untouched)
+    tell(f"kill -9 of rank {rank} while {hit}", "ended; continued bit-identically", seconds, max(0, reached - saved))
+
+
+SAVER = """
+import sys, torch
+from pathlib import Path
+from dist_lars import checkpoint
+weights = torch.arange(4_000_000, dtype=torch.float32)
+for step in range(1, 100000):
+    checkpoint.save(Path(sys.argv[1]), {"step": step, "weights": weights + step}, best=False, keep=2)
+    print(step, flush=True)
+"""
+
+
+def test_kills_during_saving(tmp_path, tell):
+    """Counted only where a half-written file was left behind: a good checkpoint always remains."""
+    began, counted, rng = time.monotonic(), 0, random.Random(0)
+    folder = tmp_path / "checkpoints"
+    for _ in range(20 * SAVES):
+        if counted == SAVES:
+            break
+        saver = subprocess.Popen(
+            [sys.executable, "-c", SAVER, str(folder)], stdout=subprocess.PIPE, text=True, env=environment()
+        )
+        done = int(saver.stdout.readline())
+        for _ in range(40):  # wait for a moment in which a file is half there
+            time.sleep(rng.uniform(0.001, 0.02))
+            if list(folder.glob(".step-*.pt.*")):
+                break
+        saver.kill()
+        saver.wait()
+        saver.stdout.close()
+        counted += bool(list(folder.glob(".step-*.pt.*")))
+        path, damaged = checkpoint.newest_good(tmp_path)
+        assert damaged == []
+        state = checkpoint.load(path)
+        assert state["step"] >= done
+        assert torch.equal(state["weights"], torch.arange(4_000_000, dtype=torch.float32) + state["step"])
+        assert checkpoint.load(tmp_path)["step"] <= state["step"]
+    assert counted == SAVES
+    tell(
+        f"kill -9 while saving, {counted} half-written files",
+        "a good checkpoint each time",
+        time.monotonic() - began,
+        0,
+    )
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR2"])
+def test_a_signal_to_one_rank(job, tell, untouched, name):
+    asked = job().start()
+    os.kill(asked.wait_for("step [4-9]$", 1), getattr(signal, name))
+    assert asked.wait(30) == 75
+    assert asked.status()["state"] == "stopped"
+    assert asked.status()["reason"] == f"signal {name} on rank 1"
+    step = asked.status()["step"]
+    assert asked.saved_step() == step < TOTAL
+    seconds = asked.seconds
+    assert asked.finish() == 0
+    assert same(checkpoint.load(asked.run_dir), untouched)
+    tell(f"{name} to one rank", f"saved at step {step}, exit 75; continued bit-identically", seconds, 0)
+
+
+@pytest.mark.parametrize(
+    ("launcher", "name", "codes", "state"),
+    [
+        ("mpirun", "SIGUSR2", {75}, "stopped"),
+        ("mpirun", "SIGTERM", None, None),
+        ("horovodrun", "SIGTERM", None, None),
+        ("horovodrun", "SIGUSR2", None, None),
+        ("gloo", "SIGTERM", None, None),
+    ],
+)
+def test_a_signal_to_the_launcher(job, tell, untouched, launcher, name, codes, state):
+    """mpirun hands SIGUSR2 on; what a launcher does not hand on still leaves a good checkpoint and no orphans."""
+    asked = job(launcher=launcher).start()
+    asked.wait_for("step [5-9]$")
+    os.kill(asked.process.pid, getattr(signal, name))
+    code = asked.wait(60)
+    orphans = asked.orphans(30)
+    assert codes is None or code in codes
+    assert state is None or asked.status()["state"] == state
+    assert not orphans
+    seconds, saved = asked.seconds, asked.saved_step()
+    assert saved >= 3
+    assert asked.finish() == 0
+    assert same(checkpoint.load(asked.run_dir), untouched)
+    tell(f"{name} to {launcher}", f"exit {code}, good checkpoint of step {saved}, no orphans", seconds)
+
+
+def test_a_stop_file(job, tell):
+    asked = job().start()
+    asked.wait_for("step [4-9]$")
+    (asked.run_dir / "STOP").touch()
+    assert asked.wait(30) == 75
+    assert asked.status()["reason"] == "file STOP"
+    assert not (asked.run_dir / "STOP").exists()
+    assert asked.saved_step() == asked.status()["step"]
+    tell("STOP file", f"saved at step {asked.status()['step']}, exit 75", asked.seconds, 0)
+
+
+def test_the_time_limit(job, tell):
+    limited = job("--epochs", "2000", "--max_time", "0:30").start()
+    assert limited.wait(60) == 75
+    assert limited.status()["reason"] == "time limit"
+    assert limited.seconds < 32
+    assert limited.saved_step() == limited.status()["step"]
+    tell("--max_time 30 s", f"saved at step {limited.saved_step()}, exit 75", limited.seconds, 0)
+
+
+def test_slurms_time_limit(job, tell):
+    limited = job("--epochs", "2000").start(SLURM_JOB_END_TIME=str(int(time.time() + 32)))
+    assert limited.wait(60) == 75
+    assert limited.status()["reason"] == "time limit"
+    tell("SLURM's end of the job", f"saved at step {limited.saved_step()}, exit 75", limited.seconds, 0)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_stopped_rank(job, tell, rank):
+    """A rank that is alive and does nothing: the others' watchdogs end the job."""
+    hung = job("--guard.hang_seconds", "6").start()
+    pid = hung.wait_for("step [4-9]$", rank)
+    began = time.monotonic()
+    os.kill(pid, signal.SIGSTOP)
+    assert hung.wait(45) != 0
+    assert not hung.orphans()
+    assert "made no progress for 6 s while in step" in hung.text()
+    assert (hung.run_dir / f"stacks-rank{1 - rank}.txt").read_text().count("File ") > 3
+    assert hung.saved_step() >= 3
+    tell(f"SIGSTOP of rank {rank}", "watchdog: stacks dumped, job ended", time.monotonic() - began, 3)
+
+
+def test_a_rank_that_hangs_in_python(job, tell):
+    hung = job("--guard.hang_seconds", "6").start("hang", 1, 7)
+    assert hung.wait(60) == 1
+    assert "in hang" in (hung.run_dir / "stacks-rank1.txt").read_text()
+    tell("rank 1 sleeps in its step", "watchdog: names the line that hangs", hung.seconds, 1)
+
+
+def small_disk(folder):
+    folder.mkdir()
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=6m", "none", str(folder)], check=False, capture_output=True
+    )
+    if done.returncode:
+        pytest.skip("a small tmpfs needs root")
+
+
+@pytest.mark.parametrize("policy", ["continue", "stop"])
+def test_a_full_disk(job, tell, policy):
+    full = job("--resume.on_save_error", policy, "--resume.keep", "1")
+    small_disk(full.run_dir)
+    try:
+        full.start()
+        full.wait_for("step [5-9]$")
+        filler = full.run_dir / "filler"
+        with open(filler, "wb") as f:  # noqa: PTH123
+            try:
+                while True:
+                    f.write(b"0" * 4096)
+                    f.flush()
+            except OSError:
+                pass
+        code = full.wait(60)
+        good, damaged = checkpoint.newest_good(full.run_dir)
+        assert good is not None
+        assert not damaged
+        assert not list((full.run_dir / "checkpoints").glob(".step*"))
+        if policy == "continue":
+            assert code in (0, 1)  # the log's own lines may not fit either
+        else:
+            assert code != 0
+        assert "No space left on device" in full.text()
+        tell(f"disk full, {policy}", f"told, the checkpoint before stays good, exit {code}", full.seconds)
+    finally:
+        subprocess.run(["umount", "-l", str(full.run_dir)], check=True)
+
+
+def damage(path, how):
+    data = bytearray(path.read_bytes())
+    if how == "truncated":
+        data = data[: len(data) // 2]
+    elif how == "empty":
+        data = bytearray()
+    elif how == "foreign":
+        data = bytearray(b"PK\x03\x04 something else entirely" * 50)
+    else:
+        at = {"header": 2, "weights": len(data) // 2, "directory": len(data) - 300, "checksum": len(data) - 5}[how]
+        data[at] ^= 4
+    path.write_bytes(bytes(data))
+
+
+DAMAGES = ["truncated", "empty", "foreign", "header", "weights", "directory", "checksum"]
+
+
+def test_damaged_checkpoints(job, tell, untouched):
+    """Each kind in turn on the newest file: it is reported, passed over, and the run ends bit-identically."""
+    stopped = job("--resume.keep", "9").start()
+    os.kill(stopped.wait_for("step 1[4-9]$"), signal.SIGUSR2)
+    assert stopped.wait(30) == 75
+    files = sorted((stopped.run_dir / "checkpoints").glob("step-*.pt"))
+    good = files[-1].read_bytes()
+    for how in DAMAGES:
+        damage(files[-1], how)
+        assert checkpoint.newest_good(stopped.run_dir) == (files[-2], [files[-1]])
+        files[-1].write_bytes(good)
+    damage(files[-1], "weights")
+    assert stopped.finish() == 0
+    assert f"warning: checkpoint {files[-1]} is damaged and passed over" in stopped.text()
+    assert same(checkpoint.load(stopped.run_dir), untouched)
+    tell(f"checkpoint damaged: {', '.join(DAMAGES)}", "reported, the one before is used", stopped.seconds, 3)
+
+
+@pytest.mark.parametrize("policy", ["stop", "skip", "rollback"])
+def test_a_nan_on_one_rank(job, tell, policy):
+    broken = job("--guard.nonfinite", policy).start("nan", 1, 10)
+    code = broken.wait(90)
+    if policy == "stop":
+        assert code == 2
+        assert broken.status()["state"] == "failed"
+        assert "step 11: the gradient of" in broken.text()
+        assert "is saved for inspection in" in broken.text()
+        saved = next((broken.run_dir / "failed").iterdir())
+        assert all(torch.isfinite(v).all() for v in checkpoint.load(saved)["model"].values())
+        tell("nan in a gradient of rank 1, stop", "all ranks stop at the step, layer named, state kept", broken.seconds)
+        return
+    assert code == 0, broken.text()[-3000:]
+    kind = {"skip": "skip", "rollback": "rollback"}[policy]
+    line = runlog.read(broken.run_dir, kind)[0]
+    if policy == "rollback":
+        assert (line["step"], line["lr_factor"]) == (9, 0.5)
+        after = next(x for x in runlog.read(broken.run_dir, "train") if x["step"] == 12)
+        assert after["lr"] < runlog.read(broken.run_dir, "train")[9]["lr"] * 0.6
+    assert checkpoint.load(broken.run_dir)["counters"]["skipped"] == 1
+    what = {"skip": "step skipped, counted", "rollback": "back to step 9 with half the learning rate"}[policy]
+    tell(f"nan in a gradient of rank 1, {policy}", what, broken.seconds, 1)
+
+
+def test_a_changed_weight_on_one_rank(job, tell):
+    drifted = job("--guard.check_steps", "4").start("weight", 1, 9)
+    assert drifted.wait(60) == 2
+    assert "step 12: the weights of rank 1 differ from rank 0's, first in" in drifted.text()
+    assert drifted.status()["state"] == "failed"
+    tell("a weight of rank 1 moved by 1e-6", "found at the next check, rank and tensor named", drifted.seconds, 3)
+
+
+def test_a_dead_loader_worker(job, tell):
+    broken = job("--data.workers", "1").start()
+    pid = broken.wait_for("step [4-9]$", 1)
+    children = subprocess.run(["ps", "-eo", "pid,ppid,args"], capture_output=True, text=True, check=True).stdout
+    workers = [
+        int(line.split()[0]) for line in children.splitlines()
+        if "forkserver" in line or "spawn" in line and str(pid) in line
+    ]  # fmt: skip
+    assert workers
+    for worker in workers:
+        os.kill(worker, signal.SIGKILL)
+    assert broken.wait(60) != 0
+    assert "worker" in broken.text().lower()
+    tell("kill -9 of a loader worker", "error that names the worker, job ended", broken.seconds, 3)
+
+
+def test_a_corrupted_image_in_the_middle(job, tell, fault_images, tmp_path):
+    import shutil
+
+    images = tmp_path / "images"
+    shutil.copytree(fault_images, images)
+    (images / "train" / "class1" / "031.jpg").write_bytes(b"not an image")
+    broken = job(images=images).start()
+    assert broken.wait(60) != 0
+    assert "class1/031.jpg" in broken.text()
+    assert broken.status()["state"] == "failed"
+    tell("an image that cannot be decoded", "the file is named, job ended", broken.seconds)
+
+
+def test_a_run_directory_in_use(job, tell):
+    first = job("--epochs", "2000").start()
+    first.wait_for("step [4-9]$")
+    words = [
+        sys.executable,
+        str(ROOT / "tests/faults/worker.py"),
+        "none",
+        "0",
+        "0",
+        "--preset",
+        "quickstart",
+        "--run_dir",
+    ]
+    began = time.monotonic()
+    second = run_command([*words, str(first.run_dir)], 60, FAULT_PHASES=str(first.folder))
+    assert second.returncode == 2
+    assert "is in use by another job" in second.stdout
+    tell("a second job in the same run directory", "refused", time.monotonic() - began, 0)
+    os.kill(first.wait_for("step"), signal.SIGUSR2)
+    assert first.wait(30) == 75
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_another_number_of_ranks(job, tell, ranks):
+    """A run stopped on 4 ranks goes on with fewer: same images, same learning rates, losses to rounding."""
+    options = ("--batch_size", "24", "--micro_batch", "2", "--precision", "fp32", "--comm.deterministic", "true")
+    reference = job(*options, ranks=4)
+    assert reference.finish() == 0
+    moved = job(*options, ranks=4).start()
+    os.kill(moved.wait_for("step [4-6]$"), signal.SIGUSR2)
+    assert moved.wait(30) == 75
+    moved.ranks = ranks
+    assert moved.finish() == 0
+    a, b = ({line["step"]: line for line in runlog.read(j.run_dir, "train")} for j in (reference, moved))
+    assert set(a) == set(b)
+    for step, line in a.items():
+        assert b[step]["lr"] == line["lr"]
+        assert b[step]["count"] == line["count"] == 24
+        assert b[step]["loss"] == pytest.approx(line["loss"], rel=0.02)
+    tell(f"4 ranks stopped, {ranks} continue", "same images and rates, losses within 2 %", moved.seconds, 0)

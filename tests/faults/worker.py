@@ -1,0 +1,76 @@
+"""`dist_lars.train` with one fault built in: python worker.py FAULT RANK STEP [dist_lars.train's arguments].
+
+Every rank also writes what it is doing to $FAULT_PHASES/rankN, as its watchdog hears it.
+"""
+
+import os
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from dist_lars import engine, train, watchdog
+
+
+def record_phases() -> None:
+    """Let every beat of the watchdog be seen from outside."""
+    beat = watchdog.Watchdog.beat
+
+    def told(self: watchdog.Watchdog, what: str) -> None:
+        (Path(os.environ["FAULT_PHASES"]) / f"rank{self.rank}").write_text(f"{os.getpid()} {what}")
+        beat(self, what)
+
+    watchdog.Watchdog.beat = told
+
+
+def break_at(fault: str, rank: int, at: int) -> None:
+    """Make `rank` fail at step `at`, once per run directory."""
+    step_of = engine.train_step
+    marker = Path(os.environ["FAULT_PHASES"]) / "done"
+
+    def broken(job, stream, step, counts, clock):
+        if step == at and job.comm.rank == rank and not marker.exists():
+            if fault in ("weight", "nan", "slow"):
+                marker.touch()
+            FAULTS[fault](job)
+        return step_of(job, stream, step, counts, clock)
+
+    engine.train_step = broken
+
+
+def spoil_weight(job: engine.Job) -> None:
+    with torch.no_grad():
+        list(job.model.parameters())[3].view(-1)[5] += 1e-6
+
+
+def spoil_gradient(job: engine.Job) -> None:
+    """One nan in one gradient of one rank, of one step."""
+    parameter = list(job.model.parameters())[3]
+
+    def once(gradient: torch.Tensor) -> torch.Tensor:
+        hook.remove()
+        gradient = gradient.clone()
+        gradient.view(-1)[7] = float("nan")
+        return gradient
+
+    hook = parameter.register_hook(once)
+
+
+def hang(job: engine.Job) -> None:
+    time.sleep(3600)
+
+
+FAULTS = {"weight": spoil_weight, "nan": spoil_gradient, "hang": hang, "slow": lambda job: time.sleep(2)}
+
+
+def main() -> None:
+    fault, rank, step, *arguments = sys.argv[1:]
+    record_phases()
+    if fault != "none":
+        break_at(fault, int(rank), int(step))
+    train.main(arguments)
+
+
+if __name__ == "__main__":
+    main()
