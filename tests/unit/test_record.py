@@ -17,16 +17,18 @@ def test_candidates_are_timed_in_turn() -> None:
     assert [len(v) for v in times.values()] == [5, 5]
 
 
-def test_warm_up_is_not_timed_and_ends_when_steady() -> None:
-    calls: list[float] = []
-
-    def step() -> None:
-        time.sleep(0.05 if len(calls) < 2 else 0.01)
-        calls.append(0.0)
-
-    times = record.compare({"step": step}, rounds=3)
-    assert max(times["step"]) < 0.04
-    assert 4 <= len(calls) - 3 <= 10
+@pytest.mark.parametrize(
+    ("takes", "timed"),
+    [
+        ([5.0, 3.0, 1.0, 1.01, 7.0, 8.0, 9.0], [7.0, 8.0, 9.0]),
+        ([2.0**-i for i in range(9)], [2.0**-i for i in (4, 5, 6)]),
+    ],
+    ids=["until steady", "at most so many"],
+)
+def test_warm_up_is_not_timed(monkeypatch: pytest.MonkeyPatch, takes: list[float], timed: list[float]) -> None:
+    seconds = iter(takes)
+    monkeypatch.setattr(record, "clock", lambda function, synchronize: next(seconds))
+    assert record.compare({"step": lambda: None}, rounds=3, warmup=4) == {"step": timed}
 
 
 def test_time_limit_leaves_at_least_three_rounds() -> None:
