@@ -15,10 +15,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from dist_lars import checkpoint, data, engine, models, optim
+from dist_lars import checkpoint, data, engine, inputs, models, optim
 from dist_lars import comm as ranks
 from dist_lars.comm import Comm
-from dist_lars.config import Config, as_flat, data_path, from_flat
+from dist_lars.config import Config, as_flat, from_flat
 from dist_lars.ema import Ema
 from dist_lars.errors import AgreedError, UserError
 from dist_lars.plan import Plan, make_plan
@@ -44,10 +44,11 @@ def train(config: Config, comm: Comm | None = None) -> Result:
     comm = comm or start_ranks(config)
     device = pick_device(config.device, comm.local_rank)
     autocast = pick_autocast(config.precision, device)
-    workers, threads = share_cores(cores_per_rank(comm), device, config.data.workers)
+    cores = cores_per_rank(comm)
+    workers, threads = share_cores(cores, device, config.data.workers)
     torch.set_num_threads(threads)
     torch.manual_seed(config.seed)
-    sets = open_sets(config, comm)
+    sets = inputs.open_sets(config, comm, cores)
     with agreed():
         plan = make_plan(config, comm.size, len(sets.train), len(sets.val))
     ranks.assert_same(comm, "\n".join([*_lines(config), f"computes in {autocast}", str(plan)]), "the configuration")
@@ -66,6 +67,7 @@ def train(config: Config, comm: Comm | None = None) -> Result:
     ranks.sync_parameters(job.model, comm)
     ranks.assert_same(comm, str(ranks.checksum(job.model)), "the initial weights")
     result = run.go()
+    inputs.leave(config, comm, sets)
     for lock in locks:
         lock.close()
     return result
@@ -100,34 +102,6 @@ def agreed() -> Iterator[None]:
         yield
     except UserError as e:
         raise AgreedError(str(e)) from e
-
-
-def open_sets(config: Config, comm: Comm) -> data.Sets:
-    """The run's images; folders are listed by rank 0 alone."""
-    d = config.data
-    if d.kind == "synthetic":
-        return data.synthetic_sets(
-            train=d.train_images, val=d.val_images, classes=d.classes, image_size=d.image_size, seed=config.seed
-        )
-    path = _digits(comm, d.image_size) if d.kind == "digits" else data_path(config)
-    train_index, val_index = ranks.on_first_rank(comm, lambda: data.list_folders(str(path), d.val), "data index")
-    return data.folder_sets(
-        train_index,
-        val_index,
-        seed=config.seed,
-        image_size=d.image_size,
-        resize=d.resize,
-        min_scale=d.min_scale,
-        flip=d.flip,
-        augment=d.augment,
-    )
-
-
-def _digits(comm: Comm, size: int) -> str:
-    if comm.local_rank == 0:  # once per host: caches need not be shared
-        data.digits_folder(data.cache_dir(), size)
-    comm.barrier()
-    return data.digits_folder(data.cache_dir(), size)
 
 
 def make_job(
@@ -207,7 +181,7 @@ def evaluate(
     place = pick_device(device, comm.local_rank)
     cores, threads = share_cores(cores_per_rank(comm), place, workers)
     torch.set_num_threads(threads)
-    index = ranks.on_first_rank(comm, lambda: data.index_folder(data.val_folder(path)), "data index")
+    index = inputs.open_val(path, comm)
     if isinstance(model, nn.Module):
         net = model
     else:

@@ -8,7 +8,9 @@ import importlib.util
 import os
 import socket
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, NoReturn, Protocol, TypeVar
 
@@ -232,6 +234,26 @@ def on_first_rank(comm: Comm, action: Callable[[], T], name: str) -> T:
     if not good:
         raise AgreedError(value)
     return value
+
+
+def patiently(comm: Comm, acts: bool, action: Callable[[], T], name: str) -> T | None:
+    """Run `action` on the ranks where `acts`, for as long as it takes; its result there, None on the others.
+
+    The ranks that wait keep talking to each other, for Horovod ends a job whose ranks wait ten minutes in a collective.
+    A `UserError` of any rank is raised on all of them.
+    """
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(action) if acts else None
+        pause = 0.001
+        while comm.sum({"busy": float(future is not None and not future.done())})["busy"]:
+            time.sleep(pause)
+            pause = min(0.2, 2 * pause)
+    error = future.exception() if future else None
+    said = comm.gather(f"{error}" if isinstance(error, UserError) else None, name)
+    told = [f"{text} (on rank {r})" if comm.size > 1 else text for r, text in enumerate(said) if text is not None]
+    if told:
+        raise AgreedError(told[0] + f"; and {len(told) - 1} more ranks failed" * (len(told) > 1))
+    return future.result() if future else None
 
 
 def assert_same(comm: Comm, text: str, what: str) -> None:

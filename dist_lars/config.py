@@ -25,10 +25,11 @@ def option(default: Any, help: str, key: str | None = None) -> Any:
 class Data:
     kind: Literal["folder", "synthetic", "digits"] = option(
         "folder",
-        "folder: train/CLASS/*.jpg and val/CLASS/*.jpg; synthetic: random images, no files; "
+        "folder: train/CLASS/*.jpg and val/CLASS/*.jpg, or what dist_lars.pack made of them; synthetic: random images, "
+        "no files; "
         "digits: scikit-learn's handwritten digits, written once as such a folder",
     )
-    path: str | None = option(None, "the image folder (default: $DIST_LARS_DATA)")
+    path: str | None = option(None, "the image folder, or its packed shards (default: $DIST_LARS_DATA)")
     val: str | None = option(None, "validation folder (default: val/, else test/, below data.path)")
     image_size: int = option(224, "pixels of the square that the network sees")
     resize: int = option(256, "validation: the shorter side before the centre crop, in pixels")
@@ -40,6 +41,18 @@ class Data:
     min_scale: float = option(0.08, "training: smallest share of the area that a random resized crop keeps")
     flip: bool = option(True, "training: mirror every second image")
     workers: int | None = option(None, "loader processes per rank (default: from the cores of this rank)")
+    on_error: Literal["fail", "skip"] = option(
+        "fail", "a file that is no image: fail, or skip (training takes another in its place, validation leaves it out)"
+    )
+    max_skipped: int = option(100, "files that on_error skip allows, over all ranks")
+    stage: str | None = option(None, "copy packed shards to this folder of each node first, e.g. $SLURM_TMPDIR")
+    stage_keep: bool = option(True, "leave the copy for the next job; false removes it when the run has ended")
+    cache: Literal["none", "bytes", "decoded"] = option(
+        "none", "hold the training images in the memory of every rank, as files or decoded: for small sets"
+    )
+    cache_val: bool | None = option(
+        None, "hold the validation images in memory, ready for the network (default: when a quarter of it is enough)"
+    )
     classes: int = option(1000, "number of classes of synthetic data (a folder's are counted)")
     train_images: int = option(1_281_167, "training images for synthetic data and --dry_run (a folder's are counted)")
     val_images: int = option(50_000, "validation images for synthetic data and --dry_run (a folder's are counted)")
@@ -151,6 +164,7 @@ class Comm:
 @dataclass(frozen=True)
 class Log:
     every_steps: int = option(10, "steps between two lines of the run log")
+    trust_steps: int = option(100, "LARS, LAMB: steps between two lines with the trust ratio of every tensor")
     eval_epochs: int = option(1, "evaluate after every so many epochs (and at the end)")
     tensorboard: bool = option(True, "write TensorBoard files to run_dir/tensorboard")
     progress: bool = option(True, "show a progress bar on rank 0")
@@ -186,7 +200,8 @@ class Config:
 
 # Keys that may differ when a run continues: they change where it runs and what it prints, not what it computes.
 MAY_DIFFER_ON_RESUME = (
-    "run_dir", "name", "max_time", "data.path", "data.val", "data.workers", "device", "resume.", "guard.", "log.",
+    "run_dir", "name", "max_time", "data.path", "data.val", "data.workers", "data.on_error",
+    "data.max_skipped", "data.stage", "data.cache_val", "device", "resume.", "guard.", "log.",
 )  # fmt: skip
 
 

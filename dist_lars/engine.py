@@ -5,7 +5,7 @@ import hashlib
 import math
 import statistics
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -172,7 +172,8 @@ def report(job: Job, steps_done: int, lr: float, norm: float, counts: Counts, cl
     sums = job.comm.sum(counts.take() | {"waited": lap.waited} | own)
     values = means(sums)
     busy = [sums[f"busy.{r}"] for r in ranks]
-    log.advance(0, loss=values["loss"], top1=values["top1"], lr=lr)
+    wait = sums["waited"] / job.comm.size / lap.seconds
+    log.advance(0, loss=values["loss"], top1=values["top1"], lr=lr, data_wait=wait)
     log.line(
         "train",
         step=steps_done,
@@ -181,18 +182,23 @@ def report(job: Job, steps_done: int, lr: float, norm: float, counts: Counts, cl
         **values,
         gradient_norm=norm if math.isfinite(norm) else None,
         images_per_s=sums["count"] / lap.seconds,
-        data_wait=sums["waited"] / job.comm.size / lap.seconds,
+        data_wait=wait,
         slowest_rank=busy.index(max(busy)),
         slowest_ratio=max(busy) / max(statistics.median(busy), 1e-9),
     )
+    log.waited(wait)
     return values["loss"]
 
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, batches: Batches, comm: Comm, device: torch.device, dtype: torch.dtype | None, expected: int
-) -> dict[str, float]:
-    """Loss, top-1 and top-5 (percent) over `expected` images of all ranks together, with averaged buffers."""
+    model: nn.Module, batches: Batches, comm: Comm, device: torch.device, dtype: torch.dtype | None, expected: int,
+    left_out: Callable[[], int] = lambda: 0,
+) -> dict[str, float]:  # fmt: skip
+    """Loss, top-1 and top-5 (percent) over `expected` images of all ranks together, with averaged buffers.
+
+    `left_out`, asked at the end, says how many of this rank's images were not images after all.
+    """
     counts = Counts(device)
     model.eval()
     with averaged_buffers(model, comm), autocast_to(device, dtype):
@@ -201,8 +207,9 @@ def evaluate(
             logits = model(as_input(pixels, model))
             counts.add(cross_entropy(logits, labels), logits, labels)
     model.train()
-    values = means(comm.sum(counts.take()))
-    if values["count"] != expected:
+    sums = comm.sum(counts.take() | {"left_out": float(left_out())})
+    values = means(sums)
+    if values["count"] + sums["left_out"] != expected:
         raise UserError(f"evaluation saw {values['count']} images instead of {expected}: ranks hold different data")
     return values
 

@@ -2,6 +2,7 @@
 
 import os
 import socket
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -52,34 +53,64 @@ def own_cores() -> set[int]:
     return set(range(os.cpu_count() or 1))
 
 
+def cores() -> int:
+    """The cores that this process may use: those it is allowed to run on, within the container's CPU quota."""
+    return max(1, int(min(len(own_cores()), cpu_quota())))
+
+
 def cores_per_rank(comm: Comm) -> int:
     """This rank's share of its host: cores allowed to any rank there, over the ranks that share them.
 
     `--bind-to none` gives every rank all cores, `--map-by slot` some launchers bind each to its own: the union over
-    the host's ranks covers both. SLURM's word and the container's CPU quota come before it.
+    the host's ranks covers both. SLURM_CPUS_PER_TASK and the container's CPU quota may make it less, never more.
     """
-    told = os.environ.get("SLURM_CPUS_PER_TASK")
-    if told:
-        return max(1, int(told))
     here = socket.gethostname()
     shared = [cores for host, cores in comm.gather((here, own_cores()), "cores") if host == here]
-    allowed = min(len(set().union(*shared)), cpu_quota())
-    return max(1, int(allowed) // len(shared))
+    share = int(min(len(set().union(*shared)), cpu_quota())) // len(shared)
+    told = os.environ.get("SLURM_CPUS_PER_TASK")
+    return max(1, min(share, int(told)) if told else share)
 
 
 def cpu_quota() -> float:
-    """CPUs that the control group (container) grants; infinite without a limit."""
-    for path, parse in (
-        ("/sys/fs/cgroup/cpu.max", lambda words: float(words[0]) / float(words[1])),
-        ("/sys/fs/cgroup/cpu/cpu.cfs_quota_us", lambda words: float(words[0]) / 100_000),
-    ):
-        try:
-            value = parse(Path(path).read_text(encoding="utf-8").split())
-        except (OSError, ValueError, IndexError):  # absent, or "max"
-            continue
-        if value > 0:
-            return max(1.0, value)
-    return float("inf")
+    """CPUs that the control groups of this process (container, batch job) grant; infinite without a limit."""
+    found = [_quota(f"{group}/cpu.max", lambda w: float(w[0]) / float(w[1])) for group in control_groups()]
+    found.append(_quota("/sys/fs/cgroup/cpu/cpu.cfs_quota_us", lambda w: float(w[0]) / 100_000))
+    return max(1.0, min(found))
+
+
+def control_groups() -> list[str]:
+    """Folders of this process's control group (version 2) and of those it lies in."""
+    own = next((line[3:] for line in _words("/proc/self/cgroup") if line.startswith("0::")), "/")
+    parts = [p for p in own.split("/") if p not in ("", "..")]
+    return ["/sys/fs/cgroup" + "".join(f"/{p}" for p in parts[:n]) for n in range(len(parts) + 1)]
+
+
+def _quota(path: str, parse: Callable[[list[str]], float]) -> float:
+    try:
+        value = parse(_words(path))
+    except (ValueError, IndexError):  # absent, or "max"
+        return float("inf")
+    return value if value > 0 else float("inf")
+
+
+def _words(path: str) -> list[str]:
+    try:
+        return Path(path).read_text(encoding="utf-8").split()
+    except OSError:
+        return []
+
+
+def free_memory() -> float:
+    """Bytes that this process and its children may still take: the host's, within the limits of its control groups."""
+    found = [float(os.sysconf("SC_AVPHYS_PAGES")) * os.sysconf("SC_PAGE_SIZE")]
+    words = _words("/proc/meminfo")
+    if "MemAvailable:" in words:
+        found = [float(words[words.index("MemAvailable:") + 1]) * 1024]
+    for group in control_groups():
+        limit, used = _words(f"{group}/memory.max"), _words(f"{group}/memory.current")
+        if limit and used and limit[0] != "max":
+            found.append(float(limit[0]) - float(used[0]))
+    return max(0.0, min(found))
 
 
 def share_cores(cores: int, device: torch.device, workers: int | None) -> tuple[int, int]:

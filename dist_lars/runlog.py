@@ -47,6 +47,8 @@ class RunLog:
         self.board = _board(Path(run_dir) / "tensorboard") if run_dir is not None and tensorboard else None
         self.progress = progress and run_dir is not None
         self.bar: Any = None
+        self.advice = "more loader workers"  # against waiting for data
+        self.slow: bool | None = None  # None: the first interval, in which workers start
 
     def start_bar(self, images_done: int, images_total: int) -> None:
         """Show progress in images, so that the bar's own rate is images/s and its ETA that of the run."""
@@ -69,6 +71,13 @@ class RunLog:
         if shown:
             self.bar.set_postfix({k: f"{v:.4g}" for k, v in shown.items()}, refresh=False)
         self.bar.update(images)
+
+    def waited(self, share: float) -> None:
+        """Say what helps when more than a tenth of an interval went into waiting for data; once, until it is over."""
+        if share > 0.1 and self.slow is False:
+            self.say(f"{share:.0%} of the time goes into waiting for data: {self.advice}")
+            self.line("advice", data_wait=share, text=self.advice)
+        self.slow = share > 0.1 and self.slow is not None
 
     def line(self, kind: str, **facts: Any) -> None:
         """Append one object to log.jsonl; numbers of train and eval lines go to TensorBoard at their step."""

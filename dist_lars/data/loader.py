@@ -1,16 +1,25 @@
 """From image order to batches: one loader for a whole run, so that no epoch boundary stalls it."""
 
+import multiprocessing
+import random
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
+from dist_lars.data.cache import Remembered
+from dist_lars.data.decode import BadImage
+from dist_lars.data.index import free_shared_memory
 from dist_lars.data.order import shard_indices
+from dist_lars.errors import UserError
 
 Key = tuple[int, int]  # (epoch, image)
+ATTEMPTS = 100  # replacements tried for one image before the set counts as broken
+PRELOAD = ["dist_lars.data", "dist_lars.cli", "torch.utils.data._utils.worker"]
 
 
 @dataclass(frozen=True)
@@ -49,28 +58,163 @@ class ValOrder:
             yield [(0, i) for i in self.indices[at : at + self.batch]]
 
 
-def collate(items: list[tuple[np.ndarray, int]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Stack to uint8 [N, H, W, 3] and int64 [N]."""
-    pixels = torch.from_numpy(np.stack([pixels for pixels, _ in items]))
-    return pixels, torch.tensor([label for _, label in items], dtype=torch.int64)
+class Batch(NamedTuple):
+    """What a worker sends."""
+
+    pixels: torch.Tensor  # uint8 [N, H, W, 3]
+    labels: torch.Tensor  # int64 [N]
+    skipped: list[tuple[str, str]]  # files that are no images, and why
 
 
-def batches(images: Any, order: TrainOrder | ValOrder, workers: int, pin: bool) -> DataLoader:
-    """An iterable of (pixels, labels) on the host.
+@dataclass(frozen=True)
+class Assembly:
+    """Whole batches as the dataset that a worker holds: torch asks it for a list of keys at once."""
+
+    images: Any
+
+    def __getitems__(self, keys: list[Key]) -> Batch | UserError:
+        """The batch of these keys, or what to tell the user."""
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # one image is too little work to share: in a training process it took 7 times longer
+        try:
+            return self._batch(keys)
+        except UserError as e:
+            return e
+        finally:
+            torch.set_num_threads(threads)
+
+    def _batch(self, keys: list[Key]) -> Batch:
+        pixels = torch.empty(0, dtype=torch.uint8)
+        labels: list[int] = []
+        skipped: list[tuple[str, str]] = []
+        for key in keys:
+            item = self._item(key, skipped)
+            if item is None:
+                continue
+            if not labels:
+                pixels = _shared(len(keys), item[0].shape)
+            pixels[len(labels)] = torch.from_numpy(item[0])
+            labels.append(item[1])
+        return Batch(pixels[: len(labels)], torch.tensor(labels, dtype=torch.int64), skipped)
+
+    def _item(self, key: Key, skipped: list[tuple[str, str]]) -> tuple[np.ndarray, int] | None:
+        """The image of this key, or of another that replaces it whatever the rank, worker or epoch; None: leave out."""
+        epoch, first = key
+        draw = random.Random(f"replace/{first}")
+        for _ in range(ATTEMPTS):
+            try:
+                return self.images[key]
+            except BadImage as e:
+                if self.images.on_error == "fail":
+                    raise UserError(
+                        f"cannot read image {e.name}: {e.why}; repair or remove it, or train without it: "
+                        f"--data.on_error skip"
+                    ) from e
+                skipped.append((e.name, e.why))
+            if self.images.on_error == "leave_out":
+                return None
+            key = (epoch, draw.randrange(len(self.images)))
+        raise UserError(f"{ATTEMPTS} images in turn could not be read, the last one {skipped[-1][0]}: {skipped[-1][1]}")
+
+
+def _shared(n: int, shape: tuple[int, ...]) -> torch.Tensor:
+    """An empty batch; in a worker it lies in shared memory from the beginning, so that sending it copies nothing."""
+    size = (n, *shape)
+    if torch.utils.data.get_worker_info() is None:
+        return torch.empty(size, dtype=torch.uint8)
+    storage = torch.UntypedStorage._new_shared(int(np.prod(size)))
+    return torch.empty(0, dtype=torch.uint8).set_(storage).view(size)
+
+
+class Batches:
+    """An iterable of (pixels uint8 [N, H, W, 3], labels int64 [N]) on the host; `skipped` fills as it is read."""
+
+    def __init__(self, loader: DataLoader, limit: int) -> None:
+        self.loader, self.limit = loader, limit
+        self.skipped: dict[str, str] = {}  # file -> why it is no image
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        stream = iter(self.loader)
+        while True:
+            try:
+                batch = next(stream)
+            except StopIteration:
+                return
+            except RuntimeError as e:
+                raise _explained(e, stream) from e
+            if isinstance(batch, UserError):
+                raise batch
+            self._note(batch.skipped)
+            if len(batch.labels):
+                yield batch.pixels, batch.labels
+
+    def _note(self, skipped: list[tuple[str, str]]) -> None:
+        self.skipped.update(skipped)
+        if len(self.skipped) > self.limit:
+            name, why = list(self.skipped.items())[-1]
+            raise UserError(
+                f"{len(self.skipped)} images could not be read, the last one {name}: {why}; --data.max_skipped "
+                f"{self.limit} allows no more: repair the data, or raise it"
+            )
+
+
+def batches(images: Any, order: TrainOrder | ValOrder, workers: int, pin: bool) -> Batches | Remembered:
+    """Batches of `images` in `order`, made by `workers` processes (none: by this one), pinned for a GPU if asked.
+
+    `images.on_error` says what becomes of a file that is no image: fail; replace it by another, drawn from its number
+    alone, so that every rank keeps equal steps; or leave_out, for validation. At most `images.max_skipped` may be so.
 
     Workers come from a fork server, never from a fork of this process: forking after MPI has started corrupts memory
-    on InfiniBand.
+    on InfiniBand. The server imports once what all workers need.
     """
-    return DataLoader(
-        images,
-        batch_sampler=order,  # type: ignore[arg-type]
-        collate_fn=collate,
+    context = None
+    if workers:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(PRELOAD)
+    loader: DataLoader = DataLoader(
+        Assembly(images),  # type: ignore[arg-type]
+        batch_sampler=order,
+        collate_fn=_as_it_is,
         num_workers=workers,
-        multiprocessing_context="forkserver" if workers else None,
-        worker_init_fn=_one_thread,
+        multiprocessing_context=context,
+        worker_init_fn=_settle,
         pin_memory=pin,
     )
+    made = Batches(loader, images.max_skipped)
+    return Remembered(made) if images.remember else made
 
 
-def _one_thread(_: int) -> None:
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
+def _settle(_: int) -> None:
+    """A worker has one thread, and leaves Ctrl-C to its rank, which tells it to end."""
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+CAUSES = {
+    signal.SIGKILL: "as a rule the machine or job ran out of memory: fewer --data.workers, a smaller --micro_batch, "
+    "or more memory for the job (dmesg or `sacct -o MaxRSS` tells)",
+    signal.SIGBUS: "as a rule /dev/shm is full, through which batches travel: give the container more (--shm-size), or "
+    "use fewer --data.workers",
+    signal.SIGSEGV: "a library crashed, as a rule on a broken image file",
+}
+
+
+def _explained(error: RuntimeError, stream: Any) -> Exception:
+    """torch says that a worker is gone; its exit code says why."""
+    gone = [w for w in getattr(stream, "_workers", []) if w.exitcode]
+    if not gone or "exited unexpectedly" not in str(error):
+        return error
+    code = gone[0].exitcode
+    if code > 0:
+        return UserError(
+            f"loader worker {gone[0].pid} ended with exit code {code}: see its own message above. (A Python script "
+            f"that trains needs `if __name__ == '__main__':`, for workers import it.)"
+        )
+    name = signal.Signals(-code).name
+    cause = CAUSES.get(signal.Signals(-code), "somebody ended it")
+    free = free_shared_memory()
+    return UserError(f"loader worker {gone[0].pid} was killed by {name}: {cause}; /dev/shm has {free >> 20} MB free")

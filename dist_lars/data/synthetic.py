@@ -5,6 +5,7 @@ import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 from PIL import Image
@@ -22,6 +23,9 @@ class SyntheticImages:
     classes: int
     size: int
     seed: int
+    on_error: ClassVar[str] = "fail"  # there are no files that could be broken
+    max_skipped: ClassVar[int] = 0
+    remember: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         rng = np.random.RandomState([self.seed & 0xFFFFFFFF, self.seed >> 32])
@@ -42,7 +46,7 @@ def digits_folder(cache: str, size: int) -> str:
     if target.is_dir():
         return str(target)
     try:
-        from sklearn.datasets import load_digits  # type: ignore[import-untyped]
+        from sklearn.datasets import load_digits
     except ImportError as e:
         raise UserError("the handwritten digits come with scikit-learn: pip install 'dist_lars[quickstart]'") from e
     digits = load_digits()
@@ -66,5 +70,5 @@ def digits_folder(cache: str, size: int) -> str:
 
 def cache_dir() -> str:
     """Where things made once are kept: $DIST_LARS_CACHE, else dist_lars below the user's cache folder."""
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return os.environ.get("DIST_LARS_CACHE") or os.path.join(base, "dist_lars")
+    base = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    return os.environ.get("DIST_LARS_CACHE") or str(base / "dist_lars")

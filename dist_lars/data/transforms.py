@@ -8,7 +8,8 @@ import random
 
 import numpy as np
 import torch
-from PIL import Image
+
+from dist_lars.data.decode import Picture, mirrored
 
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
@@ -20,23 +21,21 @@ def augment_generator(seed: int, epoch: int, index: int) -> random.Random:
     return random.Random(f"{seed}/{epoch}/{index}")
 
 
-def train_image(image: Image.Image, rng: random.Random, size: int, min_scale: float, flip: bool) -> np.ndarray:
+def train_image(picture: Picture, rng: random.Random, size: int, min_scale: float, flip: bool) -> np.ndarray:
     """Random resized crop (bilinear, antialiased) and mirror: uint8 [size, size, 3]."""
-    # Crop before resizing, as torchvision does: resize(box=) lets the filter see pixels beyond the box.
-    image = image.crop(crop_box(*image.size, rng, min_scale))
-    pixels = np.asarray(image.resize((size, size), Image.Resampling.BILINEAR))
-    return pixels[:, ::-1] if flip and rng.random() < 0.5 else pixels
+    pixels = picture.resized(crop_box(picture.width, picture.height, rng, min_scale), size, size)
+    return mirrored(pixels) if flip and rng.random() < 0.5 else pixels
 
 
-def minimal_image(image: Image.Image, rng: random.Random, size: int, resize: int, flip: bool) -> np.ndarray:
+def minimal_image(picture: Picture, rng: random.Random, size: int, resize: int, flip: bool) -> np.ndarray:
     """The LARS paper's "minimal" augmentation: resize to `resize` squared, random crop, mirror: uint8 [size, size, 3].
 
     The aspect is not kept, as in the paper (arXiv 1708.03888); bilinear and antialiased as everywhere here.
     """
-    image = image.resize((resize, resize), Image.Resampling.BILINEAR)
+    pixels = picture.resized((0, 0, picture.width, picture.height), resize, resize)
     left, top = rng.randint(0, resize - size), rng.randint(0, resize - size)
-    pixels = np.asarray(image.crop((left, top, left + size, top + size)))
-    return pixels[:, ::-1] if flip and rng.random() < 0.5 else pixels
+    pixels = pixels[top : top + size, left : left + size]
+    return mirrored(pixels) if flip and rng.random() < 0.5 else pixels
 
 
 def crop_box(width: int, height: int, rng: random.Random, min_scale: float) -> tuple[int, int, int, int]:
@@ -56,14 +55,18 @@ def crop_box(width: int, height: int, rng: random.Random, min_scale: float) -> t
     return left, top, left + w, top + h
 
 
-def val_image(image: Image.Image, size: int, resize: int) -> np.ndarray:
+def val_image(picture: Picture, size: int, resize: int) -> np.ndarray:
     """Shorter side to `resize` (bilinear, antialiased), then the centre crop: uint8 [size, size, 3]."""
-    width, height = image.size
+    width, height = shorter_side(picture.width, picture.height, resize)
+    pixels = picture.resized((0, 0, picture.width, picture.height), width, height)
+    left, top = round((width - size) / 2), round((height - size) / 2)
+    return pixels[top : top + size, left : left + size]
+
+
+def shorter_side(width: int, height: int, size: int) -> tuple[int, int]:
+    """(width, height) scaled so that the shorter one is `size`, rounded down as torchvision does."""
     short = min(width, height)
-    if short != resize:
-        image = image.resize((width * resize // short, height * resize // short), Image.Resampling.BILINEAR)
-    left, top = round((image.width - size) / 2), round((image.height - size) / 2)
-    return np.asarray(image.crop((left, top, left + size, top + size)))
+    return width * size // short, height * size // short
 
 
 def normalise(pixels: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from dist_lars.data import folder_sets, list_folders, synthetic_sets
-from dist_lars.data.folder import index_folder, read_image
+from dist_lars.data.folder import index_folder
 from dist_lars.data.loader import TrainOrder, batches
 from dist_lars.data.synthetic import digits_folder
 from dist_lars.errors import UserError
@@ -77,20 +77,6 @@ def test_classes_that_differ_are_named(tmp_path, image_folder):
     (tmp_path / "d" / "val" / "class2").rename(tmp_path / "d" / "val" / "klass2")
     with pytest.raises(UserError, match=r"only in .*/train: class2; only in .*/val: klass2"):
         list_folders(str(tmp_path / "d"), None)
-
-
-@pytest.mark.parametrize("content", [b"", b"\xff\xd8\xff\xe0 half an image", b"text"])
-def test_an_unreadable_image_is_named(tmp_path, content):
-    (tmp_path / "x.jpg").write_bytes(content)
-    with pytest.raises(UserError, match=r"cannot read image .*x\.jpg"):
-        read_image(str(tmp_path / "x.jpg"))
-
-
-@pytest.mark.parametrize("mode", ["L", "RGBA", "CMYK", "P"])
-def test_other_colour_modes_become_rgb(tmp_path, mode):
-    path = tmp_path / ("x.jpg" if mode in ("L", "CMYK") else "x.png")
-    Image.new(mode, (8, 8)).save(path)
-    assert read_image(str(path)).mode == "RGB"
 
 
 def test_workers_change_nothing(image_folder):

@@ -9,12 +9,18 @@ from PIL import Image
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as reference
 
+from dist_lars.data.decode import Pixels
 from dist_lars.data.transforms import MEAN, STD, augment_generator, crop_box, normalise, train_image, val_image
 
 
 def picture(width: int, height: int) -> Image.Image:
     pixels = np.random.RandomState(width).randint(0, 256, (height, width, 3), dtype=np.uint8)
     return Image.fromarray(pixels).resize((width, height))
+
+
+def close(got: np.ndarray, expected: np.ndarray) -> bool:
+    """Pillow's filter and torch's round differently, by one of 256 levels at most."""
+    return got.shape == expected.shape and bool((np.abs(got.astype(int) - expected) <= 1).all())
 
 
 @pytest.mark.parametrize("flip", [False, True])
@@ -25,16 +31,16 @@ def test_training_equals_torchvision_for_the_same_crop(flip):
         expected = reference.resized_crop(
             image, top, left, bottom - top, right - left, [64, 64], InterpolationMode.BILINEAR
         )
-        got = train_image(image, augment_generator(0, 1, index), 64, 0.08, flip)
+        got = train_image(Pixels(np.asarray(image)), augment_generator(0, 1, index), 64, 0.08, flip)
         mirrored = np.asarray(expected)[:, ::-1]
-        assert np.array_equal(got, expected) or (flip and np.array_equal(got, mirrored))
+        assert close(got, np.asarray(expected)) or (flip and close(got, mirrored))
 
 
 @pytest.mark.parametrize("size", [(100, 80), (80, 100), (64, 64), (300, 65), (72, 72)])
 def test_validation_equals_torchvision(size):
     image = picture(*size)
     expected = reference.center_crop(reference.resize(image, 72, InterpolationMode.BILINEAR), [64, 64])
-    assert np.array_equal(val_image(image, 64, 72), np.asarray(expected))
+    assert close(val_image(Pixels(np.asarray(image)), 64, 72), np.asarray(expected))
 
 
 def test_crops_lie_inside_and_keep_area_and_ratio():
@@ -54,7 +60,7 @@ def test_a_strip_gets_the_largest_central_crop():
 
 
 def test_augmentation_is_a_function_of_seed_epoch_and_index():
-    image = picture(90, 80)
+    image = Pixels(np.asarray(picture(90, 80)))
     draw = {key: train_image(image, augment_generator(*key), 32, 0.1, True).tobytes() for key in
             [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1)]}  # fmt: skip
     assert len(set(draw.values())) == 4
@@ -62,7 +68,7 @@ def test_augmentation_is_a_function_of_seed_epoch_and_index():
 
 
 def test_half_of_the_images_are_mirrored():
-    image = Image.fromarray(np.arange(64, dtype=np.uint8).reshape(1, 64, 1).repeat(64, 0).repeat(3, 2))
+    image = Pixels(np.arange(64, dtype=np.uint8).reshape(1, 64, 1).repeat(64, 0).repeat(3, 2))
     mirrored = [
         (a := train_image(image, augment_generator(0, 0, i), 32, 0.9, True))[0, 0, 0] > a[0, -1, 0] for i in range(400)
     ]
