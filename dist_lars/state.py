@@ -77,7 +77,9 @@ def restore(
     _load(job.model, state["model"], state["buffers"][rank] if same_size else None, origin)
     if job.ema is not None:
         with job.ema.swapped():
-            _load(job.model, state["ema"], state["ema_buffers"][rank] if same_size else None, origin)
+            # A run that kept no average until now begins with its weights.
+            average, buffers = state.get("ema", state["model"]), state.get("ema_buffers", state["buffers"])
+            _load(job.model, average, buffers[rank] if same_size else None, origin)
     job.optimizer.load_state_dict(state["optimizer"])
     job.scaler.load_state_dict(state["scaler"])
     sums = torch.tensor(state["partial"], dtype=torch.float64)
