@@ -3,10 +3,14 @@
 import importlib.util
 import os
 import re
+import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+
+from dist_lars.config import LEAVES
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()
@@ -23,12 +27,31 @@ def commands() -> list[str]:
 
 @pytest.mark.parametrize("line", [line for line in commands() if re.match(r"([A-Z_]+=\S+ )*make\b", line)])
 def test_make_knows_the_command(line, tmp_path):
-    words = line.split()
+    words = shlex.split(line)
     names = [word for word in words if "=" not in word and word != "make"]
     done = subprocess.run(
         ["make", "-n", f"VENV={tmp_path}/env", *names], cwd=ROOT, env={**os.environ}, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
+
+
+QUICK = ("--dry_run", "--list_presets", "--help")  # the training ones are run by test_train.py
+
+
+@pytest.mark.parametrize(
+    "line", [line for line in commands() if line.startswith("python") and any(word in line for word in QUICK)]
+)
+def test_the_quick_commands_run(line, command):
+    words = shlex.split(line)
+    assert command(sys.executable, *words[1:]).returncode == 0
+
+
+@pytest.mark.parametrize(
+    "name", sorted(set(re.findall(r"--([a-z_]+(?:\.[a-z_]+)?)\b", README.split("## Training")[1])))
+)
+def test_the_option_exists(name):
+    others = {"help", "preset", "config", "dry_run", "world_size", "json", "list_presets", "gloo", "checkpoint", "size"}
+    assert name in LEAVES or name in others
 
 
 @pytest.mark.parametrize("module", sorted(set(re.findall(r"python -m (dist_lars\.\w+)", README))))
