@@ -36,6 +36,7 @@ LAMB, GROUPS, BUILD = (f"dist_lars/optim/{name}.py" for name in ("lamb", "groups
 GOLDEN = "tests/unit/test_lars.py::test_golden_steps"
 ORACLE = "tests/unit/test_lars.py::test_multi_tensor_path_equals_the_oracle"
 FUSED_ORACLE = "tests/unit/test_lars.py::test_fused_path_equals_the_oracle"
+ENGINE, COMM, EQUIVALENCE = "dist_lars/engine.py", "dist_lars/comm.py", "tests/parallel/test_equivalence.py"
 DEFECTS, TORCH = "tests/unit/test_lars_defects.py", "tests/unit/test_lars_torch.py"
 
 MUTANTS = [
@@ -95,6 +96,30 @@ MUTANTS = [
     # Benchmarks.
     Mutant("benchmarks/record.py", "np.asarray(values, dtype=np.float64) / np.asarray(base, dtype=np.float64)", "np.asarray(values, dtype=np.float64) / np.median(base)", "tests/unit/test_record.py::test_ratios_are_taken_round_by_round"),
     Mutant("benchmarks/record.py", "and not PRIVATE.search(k)", "", "tests/unit/test_record.py::test_record_is_read_back_and_says_where_it_was_measured"),
+    # The trainer.
+    Mutant(ENGINE, "job.scaler.scale(loss / passes)", "job.scaler.scale(loss)", f"{EQUIVALENCE}::test_ranks_times_passes_do_not_matter"),
+    Mutant(ENGINE, "job.comm.rank * passes + i)", "i)", f"{EQUIVALENCE}::test_ranks_times_passes_do_not_matter"),
+    Mutant(ENGINE, "    if math.isfinite(norm) or", "    if True or", "tests/unit/test_guards.py::test_a_gradient_that_is_not_finite_changes_nothing"),
+    Mutant(ENGINE, "        counts.sums.copy_(before)", "        pass", "tests/unit/test_guards.py::test_a_gradient_that_is_not_finite_changes_nothing"),
+    Mutant(ENGINE, "    if values[\"count\"] != expected:", "    if False:", "tests/parallel/test_comm.py::test_missing_images_are_an_error"),
+    Mutant(COMM, "allreduce_async_(flat, name=name, op=self.hvd.Average)", "allreduce_async_(flat, name=name, op=self.hvd.Sum)", f"{EQUIVALENCE}::test_ranks_times_passes_do_not_matter"),
+    Mutant(COMM, '    comm.average_(mean, "buffers")\n', "", f"{EQUIVALENCE}::test_batchnorm_buffers_are_each_ranks_own_and_their_mean_evaluates"),
+    Mutant(COMM, "        unpack(own, buffers)\n", "        pass\n", f"{EQUIVALENCE}::test_batchnorm_buffers_are_each_ranks_own_and_their_mean_evaluates"),
+    Mutant(COMM, "    if len(set(digests)) == 1:", "    if True:", "tests/parallel/test_comm.py::test_refusals_reach_every_rank"),
+    Mutant(COMM, "    if seen != expected:", "    if False:", "tests/unit/test_comm.py::test_tasks_that_are_separate_jobs_are_stopped"),
+    Mutant("dist_lars/reducer.py", "                    if p.grad is not view:\n                        view.zero_()", "                    if False:\n                        view.zero_()", "tests/unit/test_reducer.py::test_a_parameter_without_gradient_counts_as_zero"),
+    Mutant("dist_lars/reducer.py", "piece.as_strided(p.shape, p.stride(), piece.storage_offset())", "piece.view(p.shape)", "tests/unit/test_reducer.py::test_gradients_have_the_layout_of_their_parameters"),
+    Mutant("dist_lars/reducer.py", "            if self.last_pass:", "            if True:", "tests/unit/test_reducer.py::test_passes_accumulate_and_the_last_one_starts_the_sums"),
+    Mutant("dist_lars/schedule.py", "(step + 1) / rate.warmup_steps", "step / rate.warmup_steps", "tests/unit/test_schedule.py::test_rate_at_its_corners"),
+    Mutant("dist_lars/data/order.py", "permutation(n, seed, epoch)[", "permutation(n, seed, 0)[", "tests/unit/test_order.py::test_another_epoch_has_another_order"),
+    Mutant("dist_lars/data/order.py", "return range(n * rank // size, n * (rank + 1) // size)", "return range(-(-n // size) * rank, -(-n // size) * (rank + 1))", "tests/unit/test_order.py::test_validation_covers_every_image_once"),
+    Mutant("dist_lars/checkpoint.py", "            os.fsync(f.fileno())", "            pass", "tests/unit/test_checkpoint.py::test_files_reach_the_disk_before_their_names"),
+    Mutant("dist_lars/checkpoint.py", "comment == COMMENT + digest", "True", "tests/unit/test_checkpoint.py::test_every_flipped_byte_is_noticed"),
+    Mutant("dist_lars/checkpoint.py", "weights_only=True)\n    except (RuntimeError", "weights_only=False)\n    except (RuntimeError", "tests/unit/test_checkpoint.py::test_a_checkpoint_cannot_run_code"),
+    Mutant("dist_lars/state.py", "    job.optimizer.load_state_dict(state[\"optimizer\"])\n", "", "tests/launch/test_train.py::test_a_killed_run_continues_to_the_same_weights"),
+    Mutant("dist_lars/state.py", 'state["buffers"][rank] if same_size else None', "None", "tests/launch/test_train.py::test_a_killed_run_continues_to_the_same_weights"),
+    Mutant("dist_lars/guards.py", "key(row) != key(per_rank[0])", "False", "tests/unit/test_guards.py::test_the_first_difference_is_named"),
+    Mutant("dist_lars/stopping.py", "        if self.signal is not None:\n            os._exit(EXIT_STOPPED)\n", "", "tests/unit/test_stopping.py::test_a_signal_is_noted_and_a_second_one_ends_the_process"),
 ]  # fmt: skip
 
 
