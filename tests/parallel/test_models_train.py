@@ -1,0 +1,31 @@
+"""The networks of the recipes under two real ranks, and averaged weights across a resume."""
+
+import math
+
+import pytest
+
+pytestmark = pytest.mark.parallel
+WORKER = "tests/parallel/worker_models.py"
+
+
+@pytest.fixture(scope="module")
+def nets(launch_once):
+    return launch_once(2, WORKER, "nets", timeout=300)
+
+
+@pytest.mark.parametrize("name", ["alexnet", "alexnet_bn", "resnet18", "resnet50"])
+def test_three_steps_at_224_pixels(nets, name):
+    first, second = (rank[name] for rank in nets)
+    assert first["losses"] == second["losses"]
+    assert all(math.isfinite(loss) for loss in first["losses"])
+    assert first["losses"][-1] < first["losses"][0]  # the same four images each time
+    assert first["before"] == second["before"] != first["after"] == second["after"]
+
+
+def test_a_resumed_run_has_the_same_averaged_weights(launch):
+    """Weights, their average, and the BatchNorm buffers of both, of every rank: to the last bit."""
+    for rank in launch(2, WORKER, "resume"):
+        assert rank["different"] == []
+        assert rank["scores"][0] == rank["scores"][1]
+        assert rank["averaged"]
+        assert rank["own"]
