@@ -80,6 +80,8 @@ MUTANTS = [
     Mutant(LARS, "            with torch.enable_grad():\n                loss = closure()", "            loss = closure()", f"{DEFECTS}::test_apex_barlowtwins_moco_closure_works_with_gradients_enabled"),
     Mutant(LARS, "lr: float | Tensor = required,", "lr: float | Tensor = 1.0,", f"{DEFECTS}::test_torch_88106_learning_rate_has_no_default"),
     Mutant(LARS, "scale = LossScale.of(self)", '__import__("horovod.torch").torch.allreduce(torch.ones(1)); scale = LossScale.of(self)', "tests/parallel/test_optim_horovod.py::test_ratios_agree_without_a_collective_of_their_own[2]"),
+    Mutant(FUSED, "return same_order(w, g)", "return w.stride() == g.stride()", f"{TORCH}::test_every_parameter_of_a_network_takes_the_fast_path"),
+    Mutant(FUSED, "return same_order(w, g)", "return True", f"{TORCH}::test_any_layout_equals_the_oracle"),
     # LAMB.
     Mutant(LAMB, "[1 - beta1**t for t in steps]", "[1.0 for t in steps]", "tests/unit/test_lamb.py::test_first_step_by_hand"),
     Mutant(LAMB, "[1 - beta2**t for t in steps]", "[1.0 for t in steps]", "tests/unit/test_lamb.py::test_first_step_by_hand"),

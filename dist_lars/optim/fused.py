@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dist_lars.optim.tensors import Group, is_dense
+from dist_lars.optim.tensors import Group, is_dense, same_order
 
 #: 512 KiB: after the first dot product of a block, both operands are in a second-level cache of 1 or 2 MiB.
 BLOCK = 1 << 17
@@ -30,7 +30,7 @@ def suits_kind(w: Tensor) -> bool:
 
 def suits_layout(w: Tensor, g: Tensor) -> bool:
     """Tell whether weights and gradient are dense and in one memory order, which the momentum then follows."""
-    return g.stride() == w.stride() and g.dtype == w.dtype and is_dense(w)
+    return same_order(w, g) and g.dtype == w.dtype and is_dense(w)
 
 
 def measure(ws: list[Tensor], gs: list[Tensor], group: Group) -> tuple[Tensor, Tensor]:

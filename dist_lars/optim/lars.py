@@ -22,6 +22,7 @@ from dist_lars.optim.tensors import (
     in_memory_order,
     is_dense,
     labelled,
+    same_order,
     with_gradients,
 )
 
@@ -184,7 +185,7 @@ def _ratios(w_norm: Tensor, x_norm: Tensor, group: Group) -> Tensor:
 
 def _follows(v: Tensor, w: Tensor) -> bool:
     same = v.dtype == w.dtype and v.device == w.device
-    return same and (v.stride() == w.stride() or not is_dense(w))
+    return same and (same_order(v, w) or not is_dense(w))
 
 
 def _check(group: Group) -> None:

@@ -94,7 +94,18 @@ def _norm_by_rows(t: Tensor) -> Tensor:
 
 def is_dense(t: Tensor) -> bool:
     """Contiguous, or channels-last: every element of the storage range belongs to the tensor."""
-    return t.is_contiguous() or (t.dim() == 4 and t.is_contiguous(memory_format=torch.channels_last))
+    return t.is_contiguous() or _is_channels_last(t)
+
+
+def same_order(a: Tensor, b: Tensor) -> bool:
+    """Tell whether two tensors of one shape lie in one memory order; strides of dimensions of size 1 say nothing."""
+    if a.stride() == b.stride():
+        return True
+    return (a.is_contiguous() and b.is_contiguous()) or (_is_channels_last(a) and _is_channels_last(b))
+
+
+def _is_channels_last(t: Tensor) -> bool:
+    return t.dim() == 4 and t.is_contiguous(memory_format=torch.channels_last)
 
 
 def in_memory_order(t: Tensor) -> Tensor:

@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torchvision
 from optim_oracle import LarsOracle
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from dist_lars.optim import LAMB, LARS, build
+from dist_lars.optim import LAMB, LARS, build, fused
 
 DTYPES = [torch.float64, torch.float32]
 both_paths = pytest.mark.parametrize("dtype", DTYPES, ids=["foreach", "fused"])
@@ -177,6 +178,27 @@ def test_gradients_may_be_views_into_one_flat_bucket(dtype: torch.dtype) -> None
             opt.step()
         results.append(weights(model))
     assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("weights_format", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("images_format", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_every_parameter_of_a_network_takes_the_fast_path(weights_format: Any, images_format: Any) -> None:
+    model = torchvision.models.resnet18(num_classes=5).to(memory_format=weights_format)
+    model(torch.randn(2, 3, 32, 32).to(memory_format=images_format)).sum().backward()
+    assert all(fused.suits_kind(p) and fused.suits_layout(p, p.grad) for p in model.parameters())
+
+
+@pytest.mark.parametrize("denominator", ["norm_of_sum", "sum_of_norms"])
+def test_steps_do_not_depend_on_where_tensors_lie_in_memory(denominator: str) -> None:
+    """Replicas must take the same step to the last bit, and a vector kernel may start differently on each address."""
+    n, results = 150_001, []
+    w, g = (torch.randn(n, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    for offset in range(17):
+        p = torch.nn.Parameter(torch.empty(n + 32)[offset : offset + n].copy_(w))
+        p.grad = torch.empty(n + 32)[2 * offset : 2 * offset + n].copy_(g) if offset < 16 else g
+        LARS([p], lr=1.0, denominator=denominator).step()
+        results.append(p.detach().clone())
+    assert all(torch.equal(results[0], other) for other in results)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
