@@ -79,7 +79,7 @@ class Jpeg:
     def resized(self, box: Box, width: int, height: int) -> np.ndarray:
         left, top, right, bottom = box
         part = shrinking((right - left) / width, (bottom - top) / height)
-        pixels = _turbo(self.data, self.width, self.height, part)
+        pixels = _shrunk(self.data, self.width, self.height, part)
         # A pixel of the shrunk picture stands for `part` x `part` of the whole one.
         left, top = round(left / part), round(top / part)
         right, bottom = max(left + 1, round(right / part)), max(top + 1, round(bottom / part))
@@ -88,15 +88,23 @@ class Jpeg:
 
 def open_picture(data: bytes, name: str = "image") -> Picture:
     """The picture in these bytes; raises `BadImage` for bytes that are none. A JPEG's body is read by `resized`."""
-    if simplejpeg is not None and data[:2] == b"\xff\xd8":
-        try:
+    size = _size(data) if data[:2] == b"\xff\xd8" else None
+    return Jpeg(data, *size) if size else Pixels(_pillow(data, name))
+
+
+def _size(data: bytes) -> tuple[int, int] | None:
+    """(width, height) of a JPEG that can be decoded at a reduced size; None: leave it to Pillow."""
+    try:
+        if simplejpeg is None:
+            with Image.open(io.BytesIO(data)) as image:
+                (width, height), colour = image.size, image.mode
+        else:
             height, width, colour, _ = simplejpeg.decode_jpeg_header(data)
-        except ValueError:
-            pass
-        else:  # CMYK is left to Pillow, which knows Adobe's inverted one
-            if colour in ("YCbCr", "RGB", "Gray") and width * height <= MAX_PIXELS:
-                return Jpeg(data, width, height)
-    return Pixels(_pillow(data, name))
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return None
+    # CMYK is for Pillow, which knows Adobe's inverted one.
+    known = colour in ("YCbCr", "RGB", "Gray", "L") and width * height <= MAX_PIXELS
+    return (width, height) if known else None
 
 
 def decode(data: bytes, name: str = "image") -> np.ndarray:
@@ -113,7 +121,9 @@ def shrinking(horizontal: float, vertical: float) -> int:
     return next(part for part in (8, 4, 2, 1) if part <= max(1.0, min(horizontal, vertical)))
 
 
-def _turbo(data: bytes, width: int, height: int, part: int) -> np.ndarray:
+def _shrunk(data: bytes, width: int, height: int, part: int) -> np.ndarray:
+    if simplejpeg is None:
+        return _pillow(data, "image", part)
     least = {"min_width": -(-width // part), "min_height": -(-height // part), "min_factor": part} if part > 1 else {}
     try:
         return simplejpeg.decode_jpeg(data, "RGB", **least)

@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import os
 import time
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -122,7 +123,7 @@ def _recall(kept: Path, root: str) -> Index | None:
                 return None
             classes = tuple(os.fsdecode(c) for c in content["classes"].tobytes().split(b"\0"))
             return Index(root, classes, **{name: content[name] for name in ("labels", "names", "ends")})
-    except (OSError, ValueError, KeyError, EOFError):
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return None
 
 

@@ -5,6 +5,7 @@ import random
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
+from multiprocessing.connection import wait
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -140,7 +141,7 @@ class Batches:
                 batch = next(stream)
             except StopIteration:
                 return
-            except RuntimeError as e:
+            except (RuntimeError, EOFError, OSError) as e:  # the last two: it died with a batch in its hands
                 raise _explained(e, stream) from e
             if isinstance(batch, UserError):
                 raise batch
@@ -203,10 +204,12 @@ CAUSES = {
 }
 
 
-def _explained(error: RuntimeError, stream: Any) -> Exception:
+def _explained(error: Exception, stream: Any) -> Exception:
     """torch says that a worker is gone; its exit code says why."""
-    gone = [w for w in getattr(stream, "_workers", []) if w.exitcode]
-    if not gone or "exited unexpectedly" not in str(error):
+    workers = getattr(stream, "_workers", [])
+    wait([w.sentinel for w in workers], timeout=1)
+    gone = [w for w in workers if w.exitcode]
+    if not gone:
         return error
     code = gone[0].exitcode
     if code > 0:

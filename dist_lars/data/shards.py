@@ -13,12 +13,13 @@ import io
 import json
 import os
 import tarfile
+import zipfile
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 import numpy as np
 
-from dist_lars.data.index import Index
+from dist_lars.data.index import ARRAYS, Index
 from dist_lars.errors import UserError
 
 FORMAT = 1
@@ -47,8 +48,11 @@ def packed_index(folder: str) -> Index:
     """The images of a packed folder; every shard is there and has its size."""
     meta = read_meta(folder)
     check_sizes(folder, meta)
-    with np.load(Path(folder) / INDEX) as content:
-        arrays = {name: content[name] for name in ("labels", "names", "ends", "places")}
+    try:
+        with np.load(Path(folder) / INDEX) as content:
+            arrays = {name: content[name] for name in ARRAYS}
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as e:
+        raise UserError(f"cannot read {Path(folder) / INDEX}: {e}; copy or pack the images again") from e
     if len(arrays["labels"]) != meta["images"]:
         raise UserError(f"{folder} lists {len(arrays['labels'])} images and promises {meta['images']}: pack again")
     names = tuple(shard["name"] for shard in meta["shards"])

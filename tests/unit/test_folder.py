@@ -1,12 +1,14 @@
 """Image folders: listed once and sorted; what is missing or broken is refused by name."""
 
+import os
 import pickle
 import shutil
+import time
 
 import numpy as np
 import pytest
-from PIL import Image
 
+from dist_lars.data import folder as room
 from dist_lars.data import folder_sets, list_folders, synthetic_sets
 from dist_lars.data.folder import index_folder
 from dist_lars.data.loader import TrainOrder, batches
@@ -101,3 +103,76 @@ def test_digits_are_written_once(tmp_path):
     assert (len(sets.train), len(sets.val), len(sets.classes)) == (1500, 297, 10)
     assert digits_folder(str(tmp_path), 8) == path
     assert [p.name for p in tmp_path.iterdir()] == ["digits-8"]  # nothing half-made is left beside it
+
+
+# --- the list that is kept --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def old_folder(image_folder, tmp_path):
+    """A copy of the training images whose folders changed an hour ago."""
+    shutil.copytree(image_folder / "train", tmp_path / "data")
+    (tmp_path / "data" / "class0" / "deep").mkdir()
+    shutil.copy(tmp_path / "data" / "class0" / "000.jpg", tmp_path / "data" / "class0" / "deep" / "x.jpg")
+    for folder in [tmp_path / "data", *(tmp_path / "data").rglob("*")]:
+        if folder.is_dir():
+            os.utime(folder, (time.time() - 3600,) * 2)
+    return tmp_path / "data"
+
+
+def test_a_folder_is_listed_once(old_folder, tmp_path, monkeypatch):
+    first = index_folder(str(old_folder), str(tmp_path / "cache"))
+    assert [p.name.startswith("index-") for p in (tmp_path / "cache").iterdir()] == [True]
+    monkeypatch.setattr(room, "list_class", None)  # would fail if it were called
+    again = index_folder(str(old_folder), str(tmp_path / "cache"))
+    assert (again.root, again.classes, len(again)) == (first.root, first.classes, 25)
+    assert [again.path(i) for i in range(25)] == [first.path(i) for i in range(25)]
+    assert np.array_equal(again.labels, first.labels)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda root: (root / "class1" / "new.jpg").write_bytes(b""),
+        lambda root: (root / "class0" / "deep" / "x.jpg").unlink(),
+        lambda root: (root / "class2" / "002.jpg").rename(root / "class2" / "renamed.jpg"),
+        lambda root: shutil.copytree(root / "class2", root / "class3"),
+    ],
+    ids=["added", "removed below", "renamed", "new class"],
+)
+def test_a_changed_folder_is_listed_again(old_folder, tmp_path, change):
+    index_folder(str(old_folder), str(tmp_path / "cache"))
+    change(old_folder)
+    kept, fresh = index_folder(str(old_folder), str(tmp_path / "cache")), index_folder(str(old_folder))
+    assert [kept.path(i) for i in range(len(kept))] == [fresh.path(i) for i in range(len(fresh))]
+
+
+def test_a_folder_that_changes_this_second_is_not_kept(old_folder, tmp_path):
+    os.utime(old_folder / "class1")
+    index_folder(str(old_folder), str(tmp_path / "cache"))
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_spoilt_or_unwritable_cache_does_no_harm(old_folder, tmp_path):
+    cache = tmp_path / "cache"
+    index_folder(str(old_folder), str(cache))
+    (kept,) = cache.iterdir()
+    for content in (b"", b"rubbish", kept.read_bytes()[:200]):
+        kept.write_bytes(content)
+        assert len(index_folder(str(old_folder), str(cache))) == 25
+    (tmp_path / "file").write_text("")
+    assert len(index_folder(str(old_folder), str(tmp_path / "file" / "cache"))) == 25
+
+
+def test_links_in_a_circle_end(old_folder):
+    (old_folder / "class0" / "up").symlink_to(old_folder)
+    assert len(index_folder(str(old_folder))) == 25
+
+
+def test_an_index_costs_little_memory(tmp_path):
+    for c in range(3):
+        (tmp_path / f"n0000000{c}").mkdir()
+        for i in range(100):
+            (tmp_path / f"n0000000{c}" / f"n0000000{c}_{i:05d}.JPEG").touch()
+    index = index_folder(str(tmp_path))
+    assert index.nbytes / len(index) <= 20 + 8 + 4  # name, where it ends, label
