@@ -248,7 +248,7 @@ class Run:
 
     def _log_trust_ratios(self, step: int) -> None:
         """One line of log.jsonl: the ratio of every tensor, and the quantiles over them (min, quartiles, max)."""
-        ratios = getattr(self.job.optimizer, "trust_ratios", dict)()
+        ratios: dict[str, float] = getattr(self.job.optimizer, "trust_ratios", dict)()
         if ratios:
             quantiles = np.percentile(list(ratios.values()), [0, 25, 50, 75, 100]).tolist()
             self.log.line("trust", step=step, quantiles=quantiles, ratios=ratios)

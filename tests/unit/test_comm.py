@@ -67,7 +67,13 @@ def test_packing_keeps_every_bit():
 
 @pytest.mark.parametrize(
     ("cores", "device", "workers", "expected"),
-    [(1, "cpu", None, (0, 1)), (8, "cpu", None, (2, 6)), (8, "cpu", 0, (0, 8)), (8, "cuda", None, (7, 1)), (64, "cuda", None, (16, 1))],
+    [
+        (1, "cpu", None, (0, 1)),
+        (8, "cpu", None, (2, 6)),
+        (8, "cpu", 0, (0, 8)),
+        (8, "cuda", None, (7, 1)),
+        (64, "cuda", None, (16, 1)),
+    ],
 )  # fmt: skip
 def test_cores_are_never_promised_twice(monkeypatch, cores, device, workers, expected):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
