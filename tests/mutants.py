@@ -38,6 +38,7 @@ ORACLE = "tests/unit/test_lars.py::test_multi_tensor_path_equals_the_oracle"
 FUSED_ORACLE = "tests/unit/test_lars.py::test_fused_path_equals_the_oracle"
 ENGINE, COMM, EQUIVALENCE = "dist_lars/engine.py", "dist_lars/comm.py", "tests/parallel/test_equivalence.py"
 DEFECTS, TORCH = "tests/unit/test_lars_defects.py", "tests/unit/test_lars_torch.py"
+MODELS, ALEXNET = "tests/unit/test_models.py", "dist_lars/models/alexnet.py"
 
 MUTANTS = [
     # The law.
@@ -122,6 +123,21 @@ MUTANTS = [
     Mutant("dist_lars/state.py", 'state["buffers"][rank] if same_size else None', "None", "tests/launch/test_train.py::test_a_killed_run_continues_to_the_same_weights"),
     Mutant("dist_lars/guards.py", "key(row) != key(per_rank[0])", "False", "tests/unit/test_guards.py::test_the_first_difference_is_named"),
     Mutant("dist_lars/stopping.py", "        if self.signal is not None:\n            os._exit(EXIT_STOPPED)\n", "", "tests/unit/test_stopping.py::test_a_signal_is_noted_and_a_second_one_ends_the_process"),
+    # Networks and recipes.
+    Mutant(ALEXNET, "alpha=5 * 1e-4", "alpha=1e-4", f"{MODELS}::test_response_normalisation_is_the_papers"),
+    Mutant(ALEXNET, "2 if split and grouped else 1", "1", f"{MODELS}::test_the_table[alexnet-options0-1000-224-60965224-16-724406816]"),
+    Mutant(ALEXNET, "eps=1e-4, affine=False)] if i < 4", "eps=1e-4, affine=False)] if i < 5", f"{MODELS}::test_where_the_normalisation_stands"),
+    Mutant(ALEXNET, "bias=(0.0, 1.0, 0.0, 1.0,", "bias=(0.0, 0.0, 0.0, 1.0,", f"{MODELS}::test_alexnets_start_as_their_sources_say"),
+    Mutant("dist_lars/models/resnet.py", "zero_init_residual=zero_gamma", "zero_init_residual=False", f"{MODELS}::test_zero_gamma_makes_every_block_an_identity_at_first"),
+    Mutant("dist_lars/models/__init__.py", "    if idle:\n", "    if False:\n", f"{MODELS}::test_wrong_names_and_idle_options_are_refused"),
+    Mutant("dist_lars/checkpoint.py", "    weights = counters | weights\n", "", f"{MODELS}::test_a_plain_state_dict_loads_even_from_an_old_pytorch"),
+    Mutant("dist_lars/checkpoint.py", 'state.get("ema") or state["model"]', 'state["model"]', f"{MODELS}::test_a_checkpoint_gives_the_weights_that_it_evaluated"),
+    Mutant("dist_lars/ema.py", "self.decay, step / (step + 9))", "self.decay, 1.0)", "tests/unit/test_ema.py::test_it_forgets_the_initial_weights_at_once"),
+    Mutant("dist_lars/ema.py", "        finally:\n            self._swap()", "        finally:\n            pass", "tests/unit/test_ema.py::test_inside_the_model_holds_the_average_and_outside_its_own"),
+    Mutant("dist_lars/metrics.py", "label_smoothing=smoothing", "label_smoothing=0.0", "tests/unit/test_ema.py::test_label_smoothing_spreads_a_share_over_all_classes"),
+    Mutant("dist_lars/state.py", 'state.get("ema_buffers", state["buffers"])', 'state["buffers"]', "tests/parallel/test_models_train.py::test_a_resumed_run_has_the_same_averaged_weights"),
+    Mutant("dist_lars/data/transforms.py", "    left, top = rng.randint(0, resize - size), rng.randint(0, resize - size)\n", "    left, top = 0, 0\n", "tests/unit/test_minimal.py::test_every_crop_of_the_squeezed_image_comes_up_and_half_are_mirrored"),
+    Mutant("dist_lars/presets/alexnet_8k_linear.yaml", "base_lr: 0.01", "base_lr: 0.02", "tests/unit/test_presets.py::test_the_linear_rule_over_batches"),
 ]  # fmt: skip
 
 
