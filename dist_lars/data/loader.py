@@ -16,6 +16,7 @@ from dist_lars.data.cache import Remembered
 from dist_lars.data.decode import BadImage
 from dist_lars.data.index import free_shared_memory
 from dist_lars.data.order import shard_indices
+from dist_lars.data.process import settle
 from dist_lars.errors import UserError
 
 Key = tuple[int, int]  # (epoch, image)
@@ -190,9 +191,7 @@ def _as_it_is(batch: Any) -> Any:
 
 
 def _settle(_: int) -> None:
-    """A worker has one thread, and leaves Ctrl-C to its rank, which tells it to end."""
-    torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    settle()
 
 
 CAUSES = {

@@ -12,24 +12,21 @@ import hashlib
 import io
 import json
 import multiprocessing
-import os
-import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
-from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 
 from dist_lars.checkpoint import write_aside
 from dist_lars.data.decode import BadImage, decode, resize
 from dist_lars.data.index import Index, packed_names
 from dist_lars.data.order import permutation
+from dist_lars.data.process import settle
 from dist_lars.data.shards import FORMAT, INDEX, META, WORK, Entry, ShardWriter, extension_of, read_meta, room_of
 from dist_lars.data.transforms import shorter_side
 from dist_lars.errors import UserError
@@ -250,16 +247,7 @@ _job: tuple[Index, Options]
 def _begin_worker(index: Index, options: Options) -> None:
     global _job
     _job = (index, options)
-    torch.set_num_threads(1)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    """A pool's processes would wait for ever for a parent that was killed."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        wait([parent.sentinel])
-        os._exit(1)
+    settle()
 
 
 def _shrink_chunk(numbers: list[int]) -> list[tuple[int, bytes | str]]:

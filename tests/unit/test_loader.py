@@ -4,7 +4,10 @@ import os
 import pickle
 import shutil
 import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -125,6 +128,33 @@ def test_a_dead_worker_is_an_error_that_names_its_cause(end):
         for _ in stream:
             pass
     assert time.monotonic() - began < 20
+
+
+PARENT = """
+import os, time
+from dist_lars.data import TrainOrder, batches, synthetic_sets
+if __name__ == "__main__":
+    images = synthetic_sets(train=100, val=1, classes=2, image_size=16, seed=0).train
+    stream = iter(batches(images, TrainOrder(100, 0, 0, 1, 4, 4, 0, 25), 1, pin=False))
+    next(stream)
+    print(stream.gi_frame.f_locals["stream"]._workers[0].pid, flush=True)
+    time.sleep(60)
+"""
+
+
+def test_workers_do_not_outlive_a_killed_rank(tmp_path):
+    (tmp_path / "parent.py").write_text(PARENT)
+    path = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
+    parent = subprocess.Popen(
+        [sys.executable, "parent.py"], cwd=tmp_path, env={**os.environ, "PYTHONPATH": path}, stdout=subprocess.PIPE
+    )
+    worker = int(parent.stdout.readline())
+    parent.kill()
+    parent.wait()
+    deadline = time.monotonic() + 10
+    while Path(f"/proc/{worker}").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
 
 
 def test_workers_use_one_thread_and_the_trainer_keeps_its_own(image_folder):
