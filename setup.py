@@ -24,6 +24,7 @@ setup(
         "torchvision",
         "numpy",
         "pillow",
+        "simplejpeg>=1.7",
         "pyyaml",
         "jsonargparse>=4.40",
         "tqdm",
@@ -38,6 +39,6 @@ setup(
         "plots": ["matplotlib", "scipy"],
         "quickstart": ["scikit-learn"],
         "bench": ["timm"],
-        "test": ["pytest", "hypothesis", "ruff", "mypy", "codespell", "types-PyYAML", "types-tqdm"],
+        "test": ["pytest", "hypothesis", "ruff", "mypy", "codespell", "types-PyYAML", "types-tqdm", "webdataset"],
     },
 )

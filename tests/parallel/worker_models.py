@@ -62,7 +62,9 @@ def resumed(comm: ranks.Comm) -> dict[str, Any]:
     b = small(str(root / "b"), comm, **{"resume.from": str(root / "a" / "checkpoints" / "step-000000008.pt")})
     x, y = checkpoint.load(a.run_dir), checkpoint.load(b.run_dir)
     different = [k for k in ("model", "ema") for n in x[k] if not torch.equal(x[k][n], y[k][n])]
-    different += [k for k in ("buffers", "ema_buffers") for p, q in zip(x[k], y[k], strict=True) if not torch.equal(p, q)]
+    different += [
+        k for k in ("buffers", "ema_buffers") for p, q in zip(x[k], y[k], strict=True) if not torch.equal(p, q)
+    ]
     comm.barrier()
     if comm.rank == 0:
         shutil.rmtree(root)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, features
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as reference
 
@@ -53,7 +53,7 @@ CORPUS = {
     "png": (encoded(smooth(40, 24), "PNG"), smooth(40, 24), 0),
     "rgba": (encoded(smooth(40, 24, "RGBA"), "PNG"), smooth(40, 24), 0),
     "palette": (encoded(smooth(40, 24).quantize(16), "PNG"), smooth(40, 24).quantize(16), 0),
-    "webp": (encoded(smooth(40, 24), "WEBP", lossless=True), smooth(40, 24), 0),
+    **({"webp": (encoded(smooth(40, 24), "WEBP", lossless=True), smooth(40, 24), 0)} if features.check("webp") else {}),
     "exif-rotated": (rotated(), smooth(40, 24), 6),  # as torchvision reads it: not turned
     "16-bit gray": (
         encoded(Image.fromarray(np.asarray(smooth(40, 24, "L")).astype(np.uint16) * 257), "PNG"),
