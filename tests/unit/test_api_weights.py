@@ -1,0 +1,47 @@
+"""`model.weights` starts a run from a file, and only its start."""
+
+import pytest
+import torch
+
+from dist_lars import api, checkpoint
+from dist_lars.cli import load_config
+from dist_lars.errors import UserError
+
+SMALL = {
+    "data.kind": "synthetic", "data.image_size": 16, "data.resize": 16, "data.train_images": 16, "data.val_images": 8,
+    "data.classes": 3, "data.workers": 0, "model.name": "cnn_small", "epochs": 2, "batch_size": 8, "micro_batch": 8,
+    "schedule.warmup_epochs": 0, "log.tensorboard": False, "log.progress": False,
+}  # fmt: skip
+
+
+def run(folder, **more):
+    return api.train(load_config(overrides={**SMALL, "run_dir": str(folder), **more}))
+
+
+def weights(folder) -> torch.Tensor:
+    return torch.cat([v.flatten() for v in checkpoint.load(folder)["model"].values()])
+
+
+def test_a_run_starts_from_the_weights_of_another(tmp_path):
+    run(tmp_path / "a", **{"optim.lr": 20.0, "seed": 1})
+    still = {"optim.lr": 1e-12, "seed": 2}
+    run(tmp_path / "fresh", **still)
+    run(tmp_path / "b", **still, **{"model.weights": str(tmp_path / "a")})
+    assert torch.equal(weights(tmp_path / "b"), weights(tmp_path / "a"))
+    assert not torch.allclose(weights(tmp_path / "fresh"), weights(tmp_path / "a"))
+
+
+def test_a_resumed_run_does_not_start_again(tmp_path):
+    run(tmp_path / "a", **{"optim.lr": 20.0})
+    torch.save(checkpoint.load(tmp_path / "a")["model"], tmp_path / "start.pt")
+    options = {"optim.lr": 20.0, "model.weights": str(tmp_path / "start.pt")}
+    run(tmp_path / "b", **options)
+    trained = weights(tmp_path / "b")
+    (tmp_path / "start.pt").unlink()
+    run(tmp_path / "b", **options)  # continues at its end: the file is not needed any more
+    assert torch.equal(weights(tmp_path / "b"), trained)
+
+
+def test_a_file_that_does_not_fit_is_refused(tmp_path):
+    with pytest.raises(UserError, match="model.weights: .*nowhere.pt does not exist"):
+        run(tmp_path / "a", **{"model.weights": str(tmp_path / "nowhere.pt")})
