@@ -138,6 +138,24 @@ MUTANTS = [
     Mutant("dist_lars/state.py", 'state.get("ema_buffers", state["buffers"])', 'state["buffers"]', "tests/parallel/test_models_train.py::test_a_resumed_run_has_the_same_averaged_weights"),
     Mutant("dist_lars/data/transforms.py", "    left, top = rng.randint(0, resize - size), rng.randint(0, resize - size)\n", "    left, top = 0, 0\n", "tests/unit/test_minimal.py::test_every_crop_of_the_squeezed_image_comes_up_and_half_are_mirrored"),
     Mutant("dist_lars/presets/alexnet_8k_linear.yaml", "base_lr: 0.01", "base_lr: 0.02", "tests/unit/test_presets.py::test_the_linear_rule_over_batches"),
+    # Input.
+    Mutant("dist_lars/data/loader.py", 'random.Random(f"replace/{first}")', "random.Random()", "tests/unit/test_loader.py::test_skipped_files_are_replaced_alike_by_all_ranks_and_workers"),
+    Mutant("dist_lars/data/loader.py", "        torch.set_num_threads(1)  # one image", "        torch.set_num_threads(2)  # one image", "tests/unit/test_loader.py::test_workers_use_one_thread_and_the_trainer_keeps_its_own"),
+    Mutant("dist_lars/data/loader.py", "if len(self.skipped) > self.limit:", "if False:", "tests/unit/test_loader.py::test_too_many_broken_files_stop_the_run"),
+    Mutant("dist_lars/data/loader.py", "except (RuntimeError, EOFError, OSError) as e:", "except EOFError as e:", "tests/unit/test_loader.py::test_a_dead_worker_is_an_error_that_names_its_cause"),
+    Mutant("dist_lars/data/process.py", "        wait([parent.sentinel])", "        return", "tests/unit/test_loader.py::test_workers_do_not_outlive_a_killed_rank"),
+    Mutant("dist_lars/data/decode.py", 'if image.mode.startswith("I"):', "if False:", "tests/unit/test_decode.py::test_odd_files_are_decoded"),
+    Mutant("dist_lars/data/decode.py", "for part in (8, 4, 2, 1) if part <=", "for part in (8, 4, 2, 1) if part / 2 <=", "tests/unit/test_decode.py::test_the_size_of_the_crop_decides_how_much_is_decoded"),
+    Mutant("dist_lars/data/decode.py", "round(left / part), round(top / part)", "left, top", "tests/unit/test_decode.py::test_shrunk_jpegs_cover_the_same_scene"),
+    Mutant("dist_lars/data/folder.py", 'if now != content["changed"].tolist():', "if False:", "tests/unit/test_folder.py::test_a_changed_folder_is_listed_again"),
+    Mutant("dist_lars/data/folder.py", "if max(t for _, t in folders) > (began - SETTLED) * 1e9:", "if False:", "tests/unit/test_folder.py::test_a_folder_that_changes_this_second_is_not_kept"),
+    Mutant("dist_lars/data/packing.py", "order[position:]", "order", "tests/unit/test_pack.py::test_an_interrupted_packing_goes_on_to_the_same_bytes"),
+    Mutant("dist_lars/data/packing.py", 'or shard.stat().st_size != part["bytes"]', "", "tests/unit/test_pack.py::test_a_half_written_shard_is_written_again"),
+    Mutant("dist_lars/data/packing.py", "    if old == new:", "    if True:", "tests/unit/test_pack.py::test_runs_are_not_mixed"),
+    Mutant("dist_lars/data/stage.py", "if digest is not None and seen.hexdigest() != digest:", "if False:", "tests/unit/test_shards.py::test_staging_verifies"),
+    Mutant("dist_lars/data/stage.py", "if size > 0.98 * free:", "if False:", "tests/unit/test_shards.py::test_staging_checks_the_room_before"),
+    Mutant("dist_lars/data/shards.py", 'if size != shard["bytes"]:', "if size is None:", "tests/unit/test_shards.py::test_missing_and_short_shards_are_named"),
+    Mutant("dist_lars/resources.py", "max(1, min(share, int(told)) if told else share)", "max(1, int(told) if told else share)", "tests/unit/test_resources.py::test_cores_per_rank"),
 ]  # fmt: skip
 
 
