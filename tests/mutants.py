@@ -140,7 +140,7 @@ MUTANTS = [
     Mutant("dist_lars/presets/alexnet_8k_linear.yaml", "base_lr: 0.01", "base_lr: 0.02", "tests/unit/test_presets.py::test_the_linear_rule_over_batches"),
     # Input.
     Mutant("dist_lars/data/loader.py", 'random.Random(f"replace/{first}")', "random.Random()", "tests/unit/test_loader.py::test_skipped_files_are_replaced_alike_by_all_ranks_and_workers"),
-    Mutant("dist_lars/data/loader.py", "        torch.set_num_threads(1)  # one image", "        torch.set_num_threads(2)  # one image", "tests/unit/test_loader.py::test_workers_use_one_thread_and_the_trainer_keeps_its_own"),
+    Mutant("dist_lars/data/loader.py", "        torch.set_num_threads(1)  # one image", "        torch.set_num_threads(2)  # one image", "tests/unit/test_loader.py::test_images_are_made_by_one_thread_and_the_trainer_keeps_its_own"),
     Mutant("dist_lars/data/loader.py", "if len(self.skipped) > self.limit:", "if False:", "tests/unit/test_loader.py::test_too_many_broken_files_stop_the_run"),
     Mutant("dist_lars/data/loader.py", "except (RuntimeError, EOFError, OSError) as e:", "except EOFError as e:", "tests/unit/test_loader.py::test_a_dead_worker_is_an_error_that_names_its_cause"),
     Mutant("dist_lars/data/process.py", "        wait([parent.sentinel])", "        return", "tests/unit/test_loader.py::test_workers_do_not_outlive_a_killed_rank"),

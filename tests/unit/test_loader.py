@@ -157,11 +157,21 @@ def test_workers_do_not_outlive_a_killed_rank(tmp_path):
         time.sleep(0.1)
 
 
-def test_workers_use_one_thread_and_the_trainer_keeps_its_own(image_folder):
+class Threads:
+    """Images whose label is the number of threads that they are made with."""
+
+    on_error, max_skipped, remember = "fail", 0, False
+
+    def __getitem__(self, key):
+        return np.zeros((2, 2, 3), np.uint8), torch.get_num_threads()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_images_are_made_by_one_thread_and_the_trainer_keeps_its_own(workers):
     threads = torch.get_num_threads()
     torch.set_num_threads(3)
     try:
-        everything(batches(sets_of(image_folder).train, ORDER, 0, pin=False))
+        assert set(everything(batches(Threads(), ValOrder(range(4), 2), workers, pin=False))[1].tolist()) == {1}
         assert torch.get_num_threads() == 3
     finally:
         torch.set_num_threads(threads)
