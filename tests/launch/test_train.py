@@ -57,7 +57,7 @@ def test_the_first_run_learns(quickstart):
     folder, _ = quickstart
     assert runlog.read(folder / "run", "eval")[-1]["top1"] > 80
     losses = [line["loss"] for line in runlog.read(folder / "run", "train")]
-    assert losses[-1] < losses[0] / 3
+    assert losses[-1] < losses[0] / 2  # of the least, 0.5, that label smoothing leaves
 
 
 def test_a_checkpoint_evaluates_to_what_the_log_says(quickstart, command):
@@ -82,7 +82,7 @@ def test_a_finished_run_is_not_trained_again(quickstart, command):
     assert f"continues at step {steps}\n" in done.stdout
     refused = command(*TRAIN, *again, "--optim.lr", "3", DIST_LARS_CACHE=str(folder / "cache"))
     assert refused.returncode == 2
-    assert "holds another run (optim.lr: 2.0 -> 3.0); choose another --run_dir" in refused.stdout
+    assert "holds another run (optim.lr: 4.0 -> 3.0); choose another --run_dir" in refused.stdout
 
 
 @pytest.mark.parametrize("launcher", ["mpirun", "gloo", "alone"])
