@@ -23,6 +23,7 @@ def digits(tmp_path_factory):
 @pytest.mark.parametrize("name", RECIPES)
 def test_it_learns_the_digits(name, digits, tmp_path, monkeypatch):
     monkeypatch.setenv("DIST_LARS_CACHE", str(digits))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     config = load_config(
         "quickstart",
         overrides={
