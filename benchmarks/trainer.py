@@ -25,7 +25,8 @@ from benchmarks import record, show
 from dist_lars import runlog
 
 BATCH = 32  # images per rank and step
-COPIES = 2  # of the sample, so that an epoch has enough steps
+WARMUP = 6  # steps
+COPIES = 1  # of the sample, so that an epoch has enough steps
 PEER_CHANGES = {
     "models.resnet50()": "models.resnet18()",
     "torch.set_num_threads(4)": "torch.set_num_threads(1)",
@@ -54,7 +55,7 @@ def main() -> None:
         "--samples", type=Path, default=os.environ.get("DIST_LARS_SAMPLES"), help="default: $DIST_LARS_SAMPLES"
     )
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=20, help="timed steps of a run, after 20 for warm-up")
+    parser.add_argument("--steps", type=int, default=14, help=f"timed steps of a run, after {WARMUP} for warm-up")
     parser.add_argument("--name", default="trainer", help="of the record")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
@@ -66,9 +67,9 @@ def main() -> None:
             for name, run in candidates.items():
                 speeds[name].append(run())
                 print(f"round {turn + 1}: {name}: {speeds[name][-1]:.1f} images/s", flush=True)
-    rows = table(speeds)
+            rows, facts = table(speeds), {"unit": "images/s of all ranks", "batch_per_rank": BATCH, "model": "resnet18"}
+            record.write(args.name, rows, {}, **facts, raw_images_per_s=speeds)  # each round, lest a long run be lost
     print(show.markdown(rows))
-    print(record.write(args.name, rows, speeds, unit="images/s of all ranks", batch_per_rank=BATCH, model="resnet18"))
 
 
 def unpack(samples: Path, folder: Path) -> Path:
@@ -123,20 +124,20 @@ def launch(ranks: int, words: list[str], cwd: Path) -> str:
 
 
 def ours(folder: Path, ranks: int, options: list[str], steps: int) -> float:
-    """Images/s of `dist_lars.train` after 20 steps, from its run log."""
+    """Images/s of `dist_lars.train` after WARMUP steps, from its run log."""
     batch = BATCH * ranks
     run_dir = Path(tempfile.mkdtemp(dir=folder))
-    size = {"train_images": batch * (20 + steps), "val_images": batch, "classes": 320}
-    per_epoch = 320 * COPIES // batch if "--data.path" in options else 20 + steps
-    epochs = -(-(20 + steps) // per_epoch)
+    size = {"train_images": batch * (WARMUP + steps), "val_images": batch, "classes": 320}
+    per_epoch = 320 * COPIES // batch if "--data.path" in options else WARMUP + steps
+    epochs = -(-(WARMUP + steps) // per_epoch)
     words = [
         sys.executable, "-m", "dist_lars.train", "--config", str(write_config(folder)), "--run_dir", str(run_dir),
         "--batch_size", str(batch), "--micro_batch", str(BATCH), "--epochs", str(epochs),
-        "--log.eval_epochs", "1000", "--resume.save_epochs", "1000", "--log.every_steps", "10",
+        "--log.eval_epochs", "1000", "--resume.save_epochs", "1000", "--log.every_steps", "2",
         "--log.tensorboard", "false", *[w for k, v in size.items() for w in (f"--data.{k}", str(v))], *options,
     ]  # fmt: skip
     launch(ranks, words, folder)
-    lines = [line for line in runlog.read(run_dir, "train") if line["step"] > 20]
+    lines = [line for line in runlog.read(run_dir, "train") if line["step"] > WARMUP]
     return sum(line["count"] for line in lines) / sum(line["count"] / line["images_per_s"] for line in lines)
 
 

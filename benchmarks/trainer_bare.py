@@ -24,7 +24,7 @@ def main(batch: int, steps: int, averaging: str, channels_last: bool) -> None:
     layout = torch.channels_last if channels_last else torch.contiguous_format
     model = models.build("resnet18", num_classes=320).to(memory_format=layout)  # type: ignore[call-overload]
     step = make_step(model, batch, averaging, comm)
-    for _ in range(20):
+    for _ in range(6):
         step()
     began = time.perf_counter()
     for _ in range(steps):
