@@ -3,6 +3,7 @@
 FAULT_KILLS and FAULT_SAVES set how many random kills are made (20 and 50; CI makes fewer).
 """
 
+import contextlib
 import os
 import random
 import signal
@@ -224,13 +225,10 @@ def test_a_full_disk(job, tell, policy):
         full.start()
         full.wait_for("step [5-9]$")
         filler = full.run_dir / "filler"
-        with open(filler, "wb") as f:  # noqa: PTH123
-            try:
+        with filler.open("wb", buffering=0) as f:
+            with contextlib.suppress(OSError):  # which is what this is for
                 while True:
                     f.write(b"0" * 4096)
-                    f.flush()
-            except OSError:
-                pass
         code = full.wait(60)
         good, damaged = checkpoint.newest_good(full.run_dir)
         assert good is not None
