@@ -65,7 +65,7 @@ def train(config: Config, comm: Comm | None = None) -> Result:
     run = Run(config, job, sets, run_dir, workers)
     _resume(run, config, run_dir)
     ranks.sync_parameters(job.model, comm)
-    ranks.assert_same(comm, str(ranks.checksum(job.model)), "the initial weights")
+    run.supervisor.compare_replicas(run.progress.step)
     result = run.go()
     inputs.leave(config, comm, sets)
     for lock in locks:

@@ -275,12 +275,6 @@ def sync_parameters(model: nn.Module, comm: Comm) -> None:
         comm.broadcast_(dict(model.named_parameters()))
 
 
-def checksum(model: nn.Module) -> list[float]:
-    """Two float64 sums over all parameters; equal replicas have equal ones."""
-    flat = [p.detach().double() for p in model.parameters()]
-    return torch.stack([torch.stack([p.sum(), p.abs().sum()]) for p in flat]).sum(0).tolist()
-
-
 def float_buffers(model: nn.Module) -> list[torch.Tensor]:
     """The buffers that ranks gather for themselves while training: BatchNorm's running statistics."""
     return [b for b in model.buffers() if b.is_floating_point()]

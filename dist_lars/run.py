@@ -1,7 +1,6 @@
 """One rank's run: its log, its checkpoints, and what happens between two steps."""
 
 import socket
-import sys
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -12,10 +11,11 @@ import torch
 
 from dist_lars import checkpoint, data, engine, inputs
 from dist_lars.config import Config, as_flat, plain
+from dist_lars.errors import UserError
 from dist_lars.guards import Diverged
 from dist_lars.metrics import Counts
 from dist_lars.plan import describe
-from dist_lars.runlog import RunLog, read, write_status
+from dist_lars.runlog import RunLog, read, warn, write_status
 from dist_lars.state import Progress, capture, restore, versions
 from dist_lars.supervisor import RollBack, Stopped, Supervisor
 from dist_lars.watchdog import Watchdog
@@ -39,14 +39,16 @@ class Run:
     def __init__(self, config: Config, job: engine.Job, sets: data.Sets, run_dir: Path, workers: int) -> None:
         self.config, self.job, self.sets, self.run_dir, self.workers = config, job, sets, run_dir, workers
         self.plan, self.comm = job.plan, job.comm
+        self.patient = config.resume.on_save_error == "continue"
         mine = data.validation_range(len(sets.val), self.comm.rank, self.comm.size)
         self.val_batches = data.batches(
             sets.val, data.ValOrder(mine, self.plan.micro_batch), workers, pin=job.device.type == "cuda"
         )
         self.progress, self.counts = Progress(), Counts(job.device)
         self.log = RunLog(
-            run_dir if self.comm.rank == 0 else None, tensorboard=config.log.tensorboard, progress=config.log.progress
-        )
+            run_dir if self.comm.rank == 0 else None, tensorboard=config.log.tensorboard,
+            progress=config.log.progress, patient=self.patient,
+        )  # fmt: skip
         self.log.advice = inputs.advice(config, sets, workers)
         self.train_batches: data.Batches | data.Remembered | None = None
         self.skipped: dict[str, str] = {}  # files that were no images, and why; of all ranks
@@ -130,8 +132,7 @@ class Run:
         try:
             skipped = self.supervisor.broken(norm, self.progress)
         except Diverged as e:
-            where = self._save_failed()
-            raise Diverged(f"{e}; the state is saved for inspection in {where}") from e
+            raise Diverged(f"{e}; {self._save_failed()}") from e
         if skipped:
             self.log.say(f"{skipped}: skipped ({self.progress.skipped} so far)")
             self.log.line("skip", step=step, reason=skipped)
@@ -212,19 +213,22 @@ class Run:
 
     def _save_error(self, error: OSError) -> None:
         text = f"checkpoint of step {self.progress.step} could not be written: {error.strerror}; the one before is good"
-        if self.config.resume.on_save_error == "stop":
-            raise error
-        print(f"warning: {text}; training goes on", file=sys.stderr, flush=True)
+        if not self.patient or self.progress.step == self.plan.total_steps:  # the last has no later one to make up
+            raise UserError(text) from error
+        warn(f"{text}; training goes on")
         self.log.line("save_error", step=self.progress.step, reason=text)
 
-    def _save_failed(self) -> Path:
-        """Keep the state of a failed run where no resume looks for it."""
+    def _save_failed(self) -> str:
+        """Keep the state of a failed run where no resume looks for it; where."""
         state = capture(self.job, self.config, self.sets.classes, self.progress, self.counts)
         path = self.run_dir / "failed" / f"step-{self.progress.step:09d}.pt"
-        if self.comm.rank == 0:
-            path.parent.mkdir(exist_ok=True)
-            checkpoint.write_aside(path, checkpoint.to_bytes(state))
-        return path
+        try:
+            if self.comm.rank == 0:
+                path.parent.mkdir(exist_ok=True)
+                checkpoint.write_aside(path, checkpoint.to_bytes(state))
+        except OSError as e:
+            return f"the state could not be saved for inspection: {e.strerror}"
+        return f"the state is saved for inspection in {path}"
 
     # --- telling ------------------------------------------------------------------------------------------------------
 
@@ -260,11 +264,19 @@ class Run:
     def _status(self, state: str, **facts: Any) -> None:
         if self.comm.rank == 0:
             step, total = self.progress.step, self.plan.total_steps
-            write_status(self.run_dir, state, step=step, total_steps=total, **facts)
+            self._write_status(state, self.patient, step=step, total_steps=total, **facts)
 
     def _failed(self, reason: str) -> None:
         """Any rank may be the one that fails, and nobody can be asked any more."""
-        write_status(self.run_dir, "failed", step=self.progress.step, rank=self.comm.rank, reason=reason)
+        self._write_status("failed", True, step=self.progress.step, rank=self.comm.rank, reason=reason)
+
+    def _write_status(self, state: str, patient: bool, **facts: Any) -> None:
+        try:
+            write_status(self.run_dir, state, **facts)
+        except OSError as e:
+            if not patient:
+                raise
+            warn(f"status.json could not be written ({state}): {e.strerror}")
 
     def _say_start(self) -> None:
         number = "fp32" if self.job.autocast is None else str(self.job.autocast).removeprefix("torch.")

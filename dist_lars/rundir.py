@@ -1,6 +1,5 @@
 """The directory of a run: made, locked, refused when it belongs to another run. For rank 0."""
 
-import fcntl
 import time
 from pathlib import Path
 from typing import IO, Any
@@ -8,6 +7,7 @@ from typing import IO, Any
 from dist_lars import checkpoint
 from dist_lars.config import Config, as_flat, differences, flat_yaml, to_yaml
 from dist_lars.errors import UserError
+from dist_lars.locks import lock
 
 
 def open_run_dir(config: Config) -> tuple[Path, IO[Any]]:
@@ -15,25 +15,23 @@ def open_run_dir(config: Config) -> tuple[Path, IO[Any]]:
     run_dir = Path(config.run_dir or f"runs/{config.name}-{time.strftime('%Y%m%d-%H%M%S')}")
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        lock = lock_run_dir(run_dir)
+        held = lock_run_dir(run_dir)
         _refuse_another_run(config, run_dir)
         checkpoint.write_aside(run_dir / "config.yaml", to_yaml(config).encode())
     except OSError as e:
         raise UserError(f"cannot write to run directory {run_dir}: {e.strerror}") from e
-    return run_dir, lock
+    return run_dir, held
 
 
 def lock_run_dir(run_dir: Path) -> IO[Any]:
     """Hold RUN_DIR/.lock until this process ends, however it ends; refuse when another job holds it."""
-    lock = (run_dir / ".lock").open("w")
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return lock(run_dir / ".lock")
     except BlockingIOError as e:
         raise UserError(
             f"run directory {run_dir} is in use by another job; wait for it, stop it (touch {run_dir}/STOP), or choose "
             f"another --run_dir"
         ) from e
-    return lock
 
 
 def _refuse_another_run(config: Config, run_dir: Path) -> None:

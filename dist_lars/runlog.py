@@ -3,15 +3,19 @@
 `read` is the way back: tests, plots and benchmarks use it and nothing else.
 """
 
+import contextlib
 import json
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
 from tqdm import tqdm
 
 from dist_lars.checkpoint import write_aside
+
+LINES, BOARD = "log.jsonl", "TensorBoard's file"
 
 
 def read(run_dir: str | Path, kind: str | None = None) -> list[dict[str, Any]]:
@@ -40,11 +44,15 @@ def _now() -> str:
 
 
 class RunLog:
-    """Lines for machines, numbers for TensorBoard and a bar for people; with `run_dir=None` (ranks > 0) it is mute."""
+    """Lines for machines, numbers for TensorBoard and a bar for people; with `run_dir=None` (ranks > 0) it is mute.
 
-    def __init__(self, run_dir: str | Path | None, *, tensorboard: bool, progress: bool) -> None:
-        self.file = None if run_dir is None else (Path(run_dir) / "log.jsonl").open("a", encoding="utf-8")
+    On a full disk every write raises `OSError`, or with `patient` the lines wait in memory until there is room again.
+    """
+
+    def __init__(self, run_dir: str | Path | None, *, tensorboard: bool, progress: bool, patient: bool = False) -> None:
+        self.file = None if run_dir is None else (Path(run_dir) / "log.jsonl").open("ab", buffering=0)
         self.board = _board(Path(run_dir) / "tensorboard") if run_dir is not None and tensorboard else None
+        self.patient, self.unwritten, self.told = patient, b"", set[str]()
         self.progress = progress and run_dir is not None
         self.bar: Any = None
         self.advice = "more loader workers"  # against waiting for data
@@ -82,12 +90,30 @@ class RunLog:
     def line(self, kind: str, **facts: Any) -> None:
         """Append one object to log.jsonl; numbers of train and eval lines go to TensorBoard at their step."""
         if self.file is not None:
-            self.file.write(json.dumps({"kind": kind, "time": _now(), **facts}) + "\n")
-            self.file.flush()
+            self.unwritten += json.dumps({"kind": kind, "time": _now(), **facts}).encode() + b"\n"
+            with self._patience(LINES):
+                while self.unwritten:
+                    self.unwritten = self.unwritten[self.file.write(self.unwritten) :]
         if self.board is not None and kind in ("train", "eval"):
-            for name, value in facts.items():
-                if isinstance(value, int | float) and name not in ("step", "epoch"):
-                    self.board.add_scalar(f"{kind}/{name}", value, facts["step"])
+            with self._patience(BOARD):
+                for name, value in facts.items():
+                    if isinstance(value, int | float) and name not in ("step", "epoch"):
+                        self.board.add_scalar(f"{kind}/{name}", value, facts["step"])
+
+    @contextlib.contextmanager
+    def _patience(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as e:
+            if not self.patient:
+                raise
+            if what not in self.told:
+                warn(f"{what} could not be written: {e.strerror}; training goes on")
+            self.told.add(what)
+            if what == BOARD:
+                self.board = None  # TensorBoard's writer does not recover
+        else:
+            self.told.discard(what)
 
     def say(self, text: str) -> None:
         """Print for people, above the bar."""
@@ -99,7 +125,13 @@ class RunLog:
         """Close files and the bar."""
         for resource in (self.bar, self.board, self.file):
             if resource is not None:
-                resource.close()
+                with self._patience(BOARD if resource is self.board else LINES):
+                    resource.close()
+
+
+def warn(text: str) -> None:
+    """Tell people of what went wrong, on the error stream, where a full disk is in nobody's way."""
+    print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
 class _Lines:

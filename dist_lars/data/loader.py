@@ -3,14 +3,15 @@
 import multiprocessing
 import random
 import signal
+from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing.connection import wait
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, get_worker_info
 
 from dist_lars.data.cache import Remembered
 from dist_lars.data.decode import BadImage
@@ -20,6 +21,8 @@ from dist_lars.data.process import settle
 from dist_lars.errors import UserError
 
 Key = tuple[int, int]  # (epoch, image)
+PREFETCH = 2  # batches that a worker makes ahead
+KEPT = PREFETCH + 2  # and the one in use, and the one before it
 ATTEMPTS = 100  # replacements tried for one image before the set counts as broken
 PRELOAD = ["dist_lars.data", "dist_lars.cli", "torch.utils.data._utils.worker"]
 
@@ -68,11 +71,16 @@ class Batch(NamedTuple):
     skipped: list[tuple[str, str]]  # files that are no images, and why
 
 
-@dataclass(frozen=True)
+@dataclass
 class Assembly:
-    """Whole batches as the dataset that a worker holds: torch asks it for a list of keys at once."""
+    """Whole batches as the dataset that a worker holds: torch asks it for a list of keys at once.
+
+    Batches take turns in KEPT pieces of memory: the kernel needs longer to find fresh pages than a decoder for a tenth
+    of an image.
+    """
 
     images: Any
+    pieces: list[torch.Tensor] = field(default_factory=list)  # uint8 [N, H, W, 3], the one used longest ago first
 
     def __getitems__(self, keys: list[Key]) -> Batch | UserError:
         """The batch of these keys, or what to tell the user."""
@@ -94,10 +102,20 @@ class Assembly:
             if item is None:
                 continue
             if not labels:
-                pixels = _shared(len(keys), item[0].shape)
+                pixels = self._piece((len(keys), *item[0].shape))
             pixels[len(labels)] = torch.from_numpy(item[0])
             labels.append(item[1])
         return Batch(pixels[: len(labels)], torch.tensor(labels, dtype=torch.int64), skipped)
+
+    def _piece(self, size: tuple[int, ...]) -> torch.Tensor:
+        """Memory for a batch; in a worker it is shared from the beginning, so that sending it copies nothing."""
+        piece = self.pieces.pop(0) if len(self.pieces) == KEPT else torch.empty(0)
+        if piece.shape[1:] != size[1:] or len(piece) < size[0]:
+            piece = torch.empty(size, dtype=torch.uint8)
+            if get_worker_info() is not None:
+                piece.share_memory_()
+        self.pieces.append(piece)
+        return piece
 
     def _item(self, key: Key, skipped: list[tuple[str, str]]) -> tuple[np.ndarray, int] | None:
         """The image of this key, or of another that replaces it whatever the rank, worker or epoch; None: leave out."""
@@ -119,20 +137,16 @@ class Assembly:
         raise UserError(f"{ATTEMPTS} images in turn could not be read, the last one {skipped[-1][0]}: {skipped[-1][1]}")
 
 
-def _shared(n: int, shape: tuple[int, ...]) -> torch.Tensor:
-    """An empty batch; in a worker it lies in shared memory from the beginning, so that sending it copies nothing."""
-    size = (n, *shape)
-    if torch.utils.data.get_worker_info() is None:
-        return torch.empty(size, dtype=torch.uint8)
-    storage = torch.UntypedStorage._new_shared(int(np.prod(size)))
-    return torch.empty(0, dtype=torch.uint8).set_(storage).view(size)
-
-
 class Batches:
-    """An iterable of (pixels uint8 [N, H, W, 3], labels int64 [N]) on the host; `skipped` fills as it is read."""
+    """An iterable of (pixels uint8 [N, H, W, 3], labels int64 [N]) on the host; `skipped` fills as it is read.
+
+    A batch holds until the second one after it is asked for: then its memory may be another's. Whoever keeps it longer
+    copies it.
+    """
 
     def __init__(self, loader: DataLoader, limit: int) -> None:
         self.loader, self.limit = loader, limit
+        self.mapped: deque[torch.Tensor] = deque(maxlen=KEPT * loader.num_workers)  # dropped, it would be unmapped
         self.skipped: dict[str, str] = {}  # file -> why it is no image
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -147,6 +161,7 @@ class Batches:
             if isinstance(batch, UserError):
                 raise batch
             self._note(batch.skipped)
+            self.mapped.append(batch.pixels)
             if len(batch.labels):
                 yield batch.pixels, batch.labels
 
@@ -178,6 +193,7 @@ def batches(images: Any, order: TrainOrder | ValOrder, workers: int, pin: bool) 
         batch_sampler=order,
         collate_fn=_as_it_is,
         num_workers=workers,
+        prefetch_factor=PREFETCH if workers else None,
         multiprocessing_context=context,
         worker_init_fn=_settle,
         pin_memory=pin,

@@ -6,8 +6,6 @@ however many processes made them.
 
 import collections
 import concurrent.futures
-import contextlib
-import fcntl
 import hashlib
 import io
 import json
@@ -30,6 +28,7 @@ from dist_lars.data.process import settle
 from dist_lars.data.shards import FORMAT, INDEX, META, WORK, Entry, ShardWriter, extension_of, read_meta, room_of
 from dist_lars.data.transforms import shorter_side
 from dist_lars.errors import UserError
+from dist_lars.locks import lock
 
 CHUNK = 8  # images per task: a task's way to a process and back costs as much as half an image
 
@@ -74,7 +73,11 @@ def pack(index: Index, folder: str, options: Options, workers: int, progress: Ca
     if target.is_dir() and any(target.iterdir()) and not (target / WORK).is_dir():
         raise UserError(f"{folder} is not empty, and nothing was packed there before: choose another folder")
     (target / WORK).mkdir(parents=True, exist_ok=True)
-    with _alone(target / WORK / "lock", folder):
+    try:
+        held = lock(target / WORK / "lock")
+    except BlockingIOError as e:
+        raise UserError(f"another process is packing into {folder}: wait for it, or end it") from e
+    with held:
         begun = target / WORK / "plan.json"
         if begun.exists():
             _same(json.loads(begun.read_text(encoding="utf-8")), plan, folder)
@@ -106,18 +109,6 @@ def _same(old: dict[str, Any], new: dict[str, Any], folder: str) -> None:
     raise UserError(
         f"{folder} holds another packing ({'; '.join(words) or 'of other images'}): choose another folder, or remove it"
     )
-
-
-@contextlib.contextmanager
-def _alone(lock: Path, folder: str) -> Iterator[None]:
-    with lock.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as e:
-            raise UserError(f"another process is packing into {folder}: wait for it, or end it") from e
-        except OSError:  # a file system without locks
-            pass
-        yield
 
 
 # --- shards, one after the other ------------------------------------------------------------------------------------

@@ -1,17 +1,15 @@
 """Packed shards copied to a node's own disk: once per node, verified, and found again by the next job."""
 
-import contextlib
-import fcntl
 import hashlib
 import os
 import shutil
 import socket
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from dist_lars.data.shards import INDEX, META, read_meta
 from dist_lars.errors import UserError
+from dist_lars.locks import lock
 
 THREADS = 8
 BLOCK = 8 << 20
@@ -39,7 +37,8 @@ def stage(folder: str, target: str) -> int:
     meta, place = read_meta(folder), Path(target)
     try:
         place.mkdir(parents=True, exist_ok=True)
-        with _alone(place):
+        # Two jobs on one node: the second waits, and finds the copy.
+        with lock(place / f".lock.{socket.gethostname()}", wait=True):
             missing = [s for s in meta["shards"] if not _is_there(place / s["name"], s["bytes"])]
             size = sum(s["bytes"] for s in missing)
             free = shutil.disk_usage(place).free
@@ -77,15 +76,6 @@ def _copy(source: Path, target: Path, digest: str | None) -> None:
         aside.unlink()
         raise UserError(f"shard {source} is not what was packed (its SHA-256 differs): copy or pack it again")
     aside.replace(target)
-
-
-@contextlib.contextmanager
-def _alone(place: Path) -> Iterator[None]:
-    """Two jobs on one node: the second waits, and finds the copy."""
-    with (place / f".lock.{socket.gethostname()}").open("w") as file:
-        with contextlib.suppress(OSError):  # a file system without locks
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def advice(workers: int, packed: bool, staged: bool, cached: bool) -> str:

@@ -137,8 +137,9 @@ def test_a_signal_to_one_rank(job, tell, untouched, name):
     [
         ("mpirun", "SIGUSR2", {75}, "stopped"),
         ("mpirun", "SIGTERM", None, None),
+        ("horovodrun", "SIGUSR2", {75}, "stopped"),
         ("horovodrun", "SIGTERM", None, None),
-        ("horovodrun", "SIGUSR2", None, None),
+        ("gloo", "SIGUSR2", None, None),
         ("gloo", "SIGTERM", None, None),
     ],
 )
@@ -217,9 +218,13 @@ def small_disk(folder):
         pytest.skip("a small tmpfs needs root")
 
 
-@pytest.mark.parametrize("policy", ["continue", "stop"])
-def test_a_full_disk(job, tell, policy):
-    full = job("--resume.on_save_error", policy, "--resume.keep", "1")
+@pytest.mark.parametrize(
+    ("policy", "room_again", "ends"),
+    [("continue", True, "continued to the end"), ("continue", False, "trained to the end, last save refused"),
+     ("stop", False, "ended at the next save")],
+)  # fmt: skip
+def test_a_full_disk(job, tell, untouched, policy, room_again, ends):
+    full = job("--resume.on_save_error", policy, "--resume.keep", "1", "--log.tensorboard", "true")
     small_disk(full.run_dir)
     try:
         full.start()
@@ -229,17 +234,25 @@ def test_a_full_disk(job, tell, policy):
             with contextlib.suppress(OSError):  # which is what this is for
                 while True:
                     f.write(b"0" * 4096)
+        if room_again:
+            full.wait_for("step [23].$")
+            filler.unlink()
         code = full.wait(60)
         good, damaged = checkpoint.newest_good(full.run_dir)
         assert good is not None
         assert not damaged
         assert not list((full.run_dir / "checkpoints").glob(".step*"))
-        if policy == "continue":
-            assert code in (0, 1)  # the log's own lines may not fit either
+        assert "could not be written: No space left on device" in full.text()
+        if room_again:
+            assert code == 0
+            assert same(checkpoint.load(full.run_dir), untouched)
+            assert full.status()["state"] == "finished"
+            assert [line["step"] for line in runlog.read(full.run_dir, "train")] == list(range(1, TOTAL + 1))
         else:
-            assert code != 0
-        assert "No space left on device" in full.text()
-        tell(f"disk full, {policy}", f"told, the checkpoint before stays good, exit {code}", full.seconds)
+            assert code not in (0, 75)
+            assert ("step 48 could not be written" in full.text()) == (policy == "continue")
+            assert full.saved_step() <= 12
+        tell(f"disk full, {policy}" + ", then room again" * room_again, f"{ends}, exit {code}", full.seconds)
     finally:
         subprocess.run(["umount", "-l", str(full.run_dir)], check=True)
 

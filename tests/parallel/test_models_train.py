@@ -29,3 +29,10 @@ def test_a_resumed_run_has_the_same_averaged_weights(launch):
         assert rank["scores"][0] == rank["scores"][1]
         assert rank["averaged"]
         assert rank["own"]
+
+
+def test_averages_can_begin_at_a_resume(launch):
+    """They start from the weights of the checkpoint, and training itself does not notice them."""
+    for rank in launch(2, WORKER, "ema"):
+        assert rank["trained_alike"]
+        assert rank["off"] < 1e-6 < 1e-4 < rank["moved"]

@@ -11,6 +11,7 @@ import torch
 from dist_lars import api, checkpoint, engine
 from dist_lars import comm as ranks
 from dist_lars.cli import load_config
+from dist_lars.guards import tensor_sums
 from dist_lars.metrics import Counts
 from dist_lars.plan import make_plan
 from tests.parallel.worker_tools import finish
@@ -32,7 +33,7 @@ def three_steps(name: str, comm: ranks.Comm) -> dict[str, Any]:
     plan = make_plan(config, comm.size, STEPS * config.batch_size, 4)
     job = api.make_job(config, comm, plan, CLASSES, torch.device("cpu"), torch.bfloat16)
     ranks.sync_parameters(job.model, comm)
-    before = ranks.checksum(job.model)
+    before = tensor_sums(job.model.parameters())
     rng = torch.Generator().manual_seed(comm.rank)
     batch = torch.randint(0, 256, (MICRO, 224, 224, 3), dtype=torch.uint8, generator=rng), torch.arange(MICRO)
     counts, losses = Counts(job.device), []
@@ -41,7 +42,7 @@ def three_steps(name: str, comm: ranks.Comm) -> dict[str, Any]:
         engine.train_step(job, iter([batch]), step, counts, engine.Clock())
         total = comm.sum(counts.take())
         losses.append(total["loss"] / total["count"])
-    return {"losses": losses, "before": before, "after": ranks.checksum(job.model)}
+    return {"losses": losses, "before": before, "after": tensor_sums(job.model.parameters())}
 
 
 def small(folder: str, comm: ranks.Comm, **more: Any) -> api.Result:
@@ -76,11 +77,32 @@ def resumed(comm: ranks.Comm) -> dict[str, Any]:
     }
 
 
+def switched_on(comm: ranks.Comm) -> dict[str, Any]:
+    """Run a without averages; run b goes on from its middle with them: the average against its own definition."""
+    root = Path(comm.broadcast(tempfile.mkdtemp() if comm.rank == 0 else "", "folder"))
+    a = small(str(root / "a"), comm, **{"optim.ema_decay": None})
+    more = {"resume.from": str(root / "a" / "checkpoints" / "step-000000008.pt"), "resume.save_steps": 1}
+    b = small(str(root / "b"), comm, **more, **{"resume.allow": ["optim.ema_decay"]})
+    x, y = checkpoint.load(a.run_dir), checkpoint.load(b.run_dir)
+    average = checkpoint.load(more["resume.from"])["model"]["0.weight"]
+    for step in range(9, 17):
+        weights = checkpoint.load(root / "b" / "checkpoints" / f"step-{step:09d}.pt")["model"]["0.weight"]
+        average = average + (1 - min(0.6, step / (step + 9))) * (weights - average)
+    comm.barrier()
+    if comm.rank == 0:
+        shutil.rmtree(root)
+    return {
+        "trained_alike": all(torch.equal(x["model"][k], v) for k, v in y["model"].items() if "running" not in k),
+        "off": (y["ema"]["0.weight"] - average).abs().max().item(),
+        "moved": (y["ema"]["0.weight"] - y["model"]["0.weight"]).abs().max().item(),
+    }
+
+
 def main() -> None:
     torch.set_num_threads(1)
     comm = ranks.start(cpu=True, deterministic=True)
-    result = {name: three_steps(name, comm) for name in NETS} if "nets" in sys.argv else resumed(comm)
-    finish(comm.rank, result)
+    parts = {"nets": lambda c: {name: three_steps(name, c) for name in NETS}, "resume": resumed, "ema": switched_on}
+    finish(comm.rank, parts[sys.argv[-1]](comm))
     comm.close()
 
 

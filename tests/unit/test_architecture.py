@@ -8,7 +8,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[2] / "dist_lars"
 FILES = sorted(PACKAGE.rglob("*.py"))
 LEVELS = [
-    ["errors"],
+    ["errors", "locks"],
     ["config", "rules", "schedule", "plan", "cli", "recipes"],
     ["optim", "models", "data", "metrics", "checkpoint", "runlog", "reducer", "ema", "guards", "stopping", "watchdog"],
     ["comm"],

@@ -1,0 +1,27 @@
+"""Locks between processes, on files: held until the file is closed, or the process ends, however it ends."""
+
+import fcntl
+import sys
+from pathlib import Path
+from typing import IO, Any
+
+
+def lock(path: Path, *, wait: bool = False) -> IO[Any]:
+    """Lock a file, made if need be; raises `BlockingIOError` when another process holds it, or waits for that one.
+
+    Some shared file systems have no locks: there a warning is printed, and nothing keeps a second job away.
+    """
+    file = path.open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        file.close()
+        raise
+    except OSError as e:
+        print(
+            f"warning: {path.parent} is on a file system without locks ({e.strerror}): "
+            f"make sure that no other job uses it at the same time",
+            file=sys.stderr,
+            flush=True,
+        )
+    return file
