@@ -175,7 +175,7 @@ def test_the_time_limit(job, tell):
     limited = job("--epochs", "2000", "--max_time", "0:30").start()
     assert limited.wait(60) == 75
     assert limited.status()["reason"] == "time limit"
-    assert limited.seconds < 32
+    assert limited.seconds < 40  # the launcher's start and end beside the 30
     assert limited.saved_step() == limited.status()["step"]
     tell("--max_time 30 s", f"saved at step {limited.saved_step()}, exit 75", limited.seconds, 0)
 
