@@ -28,6 +28,7 @@ from benchmarks.trainer import launch
 
 IMAGES, CLASSES = 1_281_167, 1000
 TARGETS = {"ours, folder": 1.6, "ours, shards of 256 px": 4.5}
+SETTLE = 1.5  # seconds after a turn: its worker still makes batches ahead, on the core of the next
 NEEDS = {"webdataset": "webdataset", "DALI": "nvidia.dali"}
 
 
@@ -94,6 +95,7 @@ def compare_feeds(images: Path, packed: Path, rounds: int, core: int) -> None:
                 value = ask(name, process)
                 if turn:  # the first starts workers
                     seconds[name].append(value)
+                time.sleep(SETTLE)
     finally:
         for process in processes.values():
             process.kill()
