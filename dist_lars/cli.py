@@ -17,6 +17,7 @@ import yaml
 
 from dist_lars.config import LEAVES, Config, flat_yaml, from_flat, plain, unknown
 from dist_lars.errors import UserError
+from dist_lars.launchers import is_first
 
 DEFAULT_PRESET = "resnet18_8k"
 
@@ -168,15 +169,9 @@ def _wanted(key: str) -> str:
     return {"int": "a whole number", "float": "a number", "bool": "true or false"}.get(inner.__name__, inner.__name__)
 
 
-def is_first_process() -> bool:
-    """True unless a launcher's environment says that this is another rank: messages are printed once."""
-    ranks = ("OMPI_COMM_WORLD_RANK", "HOROVOD_RANK", "PMIX_RANK", "PMI_RANK")
-    return all(os.environ.get(name, "0") == "0" for name in ranks)
-
-
 def fail(error: UserError) -> NoReturn:
     """Print the text once for the whole job and leave with exit code 2, as argument parsers do."""
-    if is_first_process():
+    if is_first(os.environ):
         print(f"error: {error}", file=sys.stderr, flush=True)
     else:
         time.sleep(2)  # launchers kill everyone at the first exit: let the first process speak

@@ -3,25 +3,9 @@
 import pytest
 import torch
 
-from dist_lars.comm import LocalComm, averaged_buffers, check_ranks, expected_ranks, on_first_rank, pack, unpack
+from dist_lars.comm import LocalComm, averaged_buffers, check_ranks, on_first_rank, pack, unpack
 from dist_lars.errors import UserError
 from dist_lars.resources import pick_autocast, pick_device, share_cores
-
-
-@pytest.mark.parametrize(
-    ("environment", "expected"),
-    [
-        ({}, None),
-        ({"SLURM_NTASKS": "8"}, None),  # the allocation's size: a single process inside it is no mistake
-        ({"OMPI_COMM_WORLD_SIZE": "4"}, 4),
-        ({"HOROVOD_SIZE": "3"}, 3),
-        ({"SLURM_STEP_NUM_TASKS": "2"}, 2),
-        ({"SLURM_STEP_NUM_TASKS": "1", "OMPI_COMM_WORLD_SIZE": "4"}, 4),  # mpirun inside a batch step
-        ({"DIST_LARS_RANKS": "16", "OMPI_COMM_WORLD_SIZE": "4"}, 16),  # the launch line has the last word
-    ],
-)
-def test_the_launcher_says_how_many_ranks_there_are(environment, expected):
-    assert expected_ranks(environment)[0] == expected
 
 
 def test_tasks_that_are_separate_jobs_are_stopped():
