@@ -69,7 +69,7 @@ def scaling(name: str, command: str) -> str:
     if rows is None:
         return f"Not measured yet: `python -m benchmarks.scaling {command}`."
     who = {"none": "independent (ceiling)", "ddp": "torch's DDP", "torch": "our reducer on torch.distributed"}
-    return show.markdown(
+    table = show.markdown(
         {
             "ranks": r["ranks"],
             "gradients by": "-" if r["ranks"] == 1 else who.get(r["carrier"], r["carrier"].capitalize()),
@@ -83,6 +83,7 @@ def scaling(name: str, command: str) -> str:
         }
         for r in rows
     )
+    return table + _link(name)
 
 
 def allreduce() -> str:
@@ -97,7 +98,7 @@ def allreduce() -> str:
         mine = {r["MB"]: r for r in rows if r["carrier"] == carrier}
         cells = {f"{_size(mb)}": f"{mine[mb]['ms']:.3g} ms, {mine[mb]['bus GB/s']:.2g} GB/s" for mb in shown}
         table.append({"carrier": carrier, **cells})
-    return show.markdown(table)
+    return show.markdown(table) + _link("allreduce")
 
 
 def overlap() -> str:
@@ -106,7 +107,8 @@ def overlap() -> str:
         found = record.read("step_resnet18")["overlap"]
     except FileNotFoundError:
         return "Not measured yet: `python -m benchmarks.step`."
-    return show.markdown([{k: v for k, v in found.items() if k not in ("buckets", "steps")}])
+    shown = {k: v for k, v in found.items() if k not in ("buckets", "steps")}
+    return show.markdown([shown]) + _link("step_resnet18")
 
 
 TABLES: Mapping[str, Callable[[], str]] = {
@@ -120,6 +122,10 @@ def _rows(name: str) -> list[dict[str, Any]] | None:
         return record.read(name)["rows"]
     except FileNotFoundError:
         return None
+
+
+def _link(name: str) -> str:
+    return f"\n\n([record](benchmarks/records/{name}.json))"
 
 
 def _interval(middle: float, low: float, high: float, unit: str = "") -> str:
