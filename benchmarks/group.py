@@ -17,7 +17,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from multiprocessing.connection import Connection, Listener, wait
 from pathlib import Path
 from typing import IO, Any
@@ -31,24 +31,19 @@ class GroupFailed(RuntimeError):
     """A group ended or went silent; the text ends with what it said."""
 
 
-def start_words(launcher: str, ranks: int) -> list[str]:
-    """What starts `ranks` copies of the command that follows."""
+def start_words(launcher: str, ranks: int, names: Iterable[str] = ()) -> list[str]:
+    """What starts `ranks` copies of the command that follows; the named variables reach them on every host."""
     if launcher == "srun":
         per_node = min(ranks, int(os.environ.get("SLURM_NTASKS_PER_NODE") or ranks))
         return ["srun", "--overlap", f"--nodes={-(-ranks // per_node)}", f"--ntasks={ranks}",
                 f"--ntasks-per-node={per_node}", f"--mpi={os.environ.get('MPI_TYPE', 'pmix')}", "--gpu-bind=none",
                 "--kill-on-bad-exit=1"]  # fmt: skip
+    passed = [word for name in ("PATH", "PYTHONPATH", "OMP_NUM_THREADS", *names) for word in ("-x", name)]
     words = {
-        "mpirun": [_own("mpirun"), "--bind-to", "none", "--map-by", ":OVERSUBSCRIBE", *_passed_on(), "-np"],
+        "mpirun": [_own("mpirun"), "--bind-to", "none", "--map-by", ":OVERSUBSCRIBE", *passed, "-np"],
         "gloo": [_own("horovodrun"), "--gloo", "-np"],
     }
     return [*words[launcher], str(ranks)]
-
-
-def _passed_on() -> list[str]:
-    """mpirun's options for what other hosts must know."""
-    names = ["PATH", "PYTHONPATH", "OMP_NUM_THREADS", "BENCHMARK_HOST", "BENCHMARK_PORT", "BENCHMARK_KEY"]
-    return [word for name in names for word in ("-x", name)]
 
 
 def _own(name: str) -> str:
@@ -73,7 +68,7 @@ class Group:
     """`ranks` processes that run `job`, a dictionary for `benchmarks.worker`."""
 
     def __init__(self, job: Mapping[str, Any], ranks: int, launcher: str, **extra: str) -> None:
-        self.ranks, self.words = ranks, start_words(launcher, ranks)
+        self.ranks = ranks
         self.output: IO[str] = tempfile.TemporaryFile("w+")  # noqa: SIM115  lives as long as the group
         key = secrets.token_hex(16)
         own = "" if "SLURM_JOB_ID" in os.environ else "127.0.0.1"
@@ -81,6 +76,7 @@ class Group:
             port = listener.address[1]
             where = own or socket.gethostname()
             told = {"BENCHMARK_HOST": where, "BENCHMARK_PORT": str(port), "BENCHMARK_KEY": key, **extra}
+            self.words = start_words(launcher, ranks, told)
             self.process = subprocess.Popen(
                 [*self.words, sys.executable, "-m", "benchmarks.worker", json.dumps(dict(job))],
                 env=environment(**told), stdout=self.output, stderr=subprocess.STDOUT, cwd=ROOT,

@@ -75,9 +75,11 @@ class Measured:
     def __init__(self, case: Case, batch: int) -> None:
         self.case, self.batch = case, batch
         self.blocks: list[np.ndarray] = []  # each [ranks, steps, parts]
+        self.cpu: list[float] = []  # of a step of a rank, all its threads
 
     def add(self, answers: list[list[dict[str, float]]]) -> None:
         """One turn."""
+        self.cpu += [step["cpu"] for steps in answers for step in steps]
         self.blocks.append(np.array([[[step[p] for p in PARTS] for step in steps] for steps in answers]))
 
     def steps(self) -> np.ndarray:
@@ -227,7 +229,7 @@ def warm_up(group: Group, work: dict[str, Any], most: int = 4) -> None:
     """Turns until one is within 5 % of the one before."""
     last = float("inf")
     for _ in range(most):
-        now = max(sum(sum(step.values()) for step in steps) for steps in group.do(work))
+        now = max(sum(sum(step[p] for p in PARTS) for step in steps) for steps in group.do(work))
         if abs(now - last) < 0.05 * now:
             return
         last = now
@@ -281,11 +283,12 @@ def recipe(args: argparse.Namespace) -> str | None:
 
 
 def split_rows(measured: dict[str, Measured]) -> list[dict[str, Any]]:
-    """Median milliseconds of the parts of a step, and what communication adds to that of independent ranks."""
+    """Median milliseconds of the parts of a step and of the CPU, and what communication adds to independent ranks'."""
     rows = []
     for m in measured.values():
         case = m.case
         row = {"case": case.key(), "step ms": 1e3 * float(np.median(m.steps())), **m.parts()}
+        row["cpu ms"] = 1e3 * float(np.median(m.cpu))
         alone = measured.get(Case(case.ranks, "none", passes=case.passes, data=case.data).key())
         if alone is not None and case.carrier != "none":
             row["exposed ms"] = row["step ms"] - 1e3 * float(np.median(alone.steps()))

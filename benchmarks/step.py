@@ -4,9 +4,8 @@
 
 1. The parts of a step, of one rank alone and of `--ranks` ranks by Horovod.
 2. Every layer: seconds forward and backward, parameters, one rank (for predictions of larger machines).
-3. Overlap, from Horovod's own timeline (HOROVOD_TIMELINE) of rank 0: when each bucket was handed over and when its
-   all-reduce ran. The last bucket is handed over when backward ends; what runs after that moment is exposed. Beside
-   it the same buckets, all-reduced with nothing else to do (stand-alone).
+3. Overlap, from Horovod's own timeline (HOROVOD_TIMELINE) of rank 0: when the all-reduce of each bucket ran. What is
+   not through when backward ends is exposed. Beside it the same buckets with nothing else to do (stand-alone).
 """
 
 from __future__ import annotations
@@ -23,6 +22,7 @@ from benchmarks import record, show
 from benchmarks.group import Group, launcher_at_hand
 
 PARTS = ("data", "input", "forward", "backward", "wait", "optimizer", "rest")
+TOLD = "ms from the end of backward"  # [bucket, begin, end] of the first steps
 
 
 def main() -> None:
@@ -44,8 +44,8 @@ def main() -> None:
     if args.ranks > 1:
         found = run_parts(args, args.ranks, "horovod")
         rows.append({"case": f"{args.ranks} ranks, Horovod", **median_parts(found["steps"])})
-        extra["overlap"] = overlap(found["timeline"], found["standalone"])
-        print(show.markdown([{k: v for k, v in extra["overlap"].items() if k != "buckets"}]))
+        extra["overlap"] = overlap(found["timeline"], found["backward_ended"], found["standalone"])
+        print(show.markdown([{k: v for k, v in extra["overlap"].items() if k != TOLD}]))
     print(show.markdown(rows))
     print(show.markdown(sorted(layers, key=lambda r: -r["backward ms"])[:10]))
     name = args.name or f"step_{args.model}"
@@ -62,7 +62,7 @@ def run_parts(args: argparse.Namespace, ranks: int, carrier: str) -> dict[str, A
            "wire": "fp32", "options": options, "layers": ranks == 1}  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         timeline = Path(folder) / "timeline.json"
-        group = Group({**job, "timeline": str(timeline)} if ranks > 1 else job, ranks, args.launcher)
+        group = Group({**job, "timeline": str(timeline)}, ranks, args.launcher, HOROVOD_TIMELINE="DYNAMIC")
         try:
             group.do({"steps": 4})
             found: dict[str, Any] = {"steps": group.do({"steps": args.steps})}
@@ -70,7 +70,8 @@ def run_parts(args: argparse.Namespace, ranks: int, carrier: str) -> dict[str, A
                 found["layers"] = group.do({"steps": 5, "layers": True})[0]
             else:
                 found["standalone"] = np.max(group.do({"steps": 0, "standalone": 10}), axis=0).tolist()
-                group.do({"steps": args.steps, "timeline": True})
+                watched = group.do({"steps": args.steps, "timeline": True})[0]
+                found["backward_ended"] = [step["ended"] for step in watched]
                 found["timeline"] = read_timeline(timeline)
         finally:
             group.close()
@@ -80,8 +81,8 @@ def run_parts(args: argparse.Namespace, ranks: int, carrier: str) -> dict[str, A
 def median_parts(steps: list[list[dict[str, float]]]) -> dict[str, float]:
     """Median milliseconds over ranks and steps."""
     every = [step for rank in steps for step in rank]
-    return {"step": 1e3 * float(np.median([sum(s.values()) for s in every])),
-            **{p: 1e3 * float(np.median([s[p] for s in every])) for p in PARTS}}  # fmt: skip
+    return {"step": 1e3 * float(np.median([sum(s[p] for p in PARTS) for s in every])),
+            **{p: 1e3 * float(np.median([s[p] for s in every])) for p in (*PARTS, "cpu")}}  # fmt: skip
 
 
 # --- Horovod's timeline -----------------------------------------------------------------------------------------------
@@ -94,46 +95,48 @@ def read_timeline(path: Path) -> list[dict[str, Any]]:
 
 
 def spans(events: list[dict[str, Any]]) -> list[tuple[str, str, float, float]]:
-    """(tensor, activity, begin, end) in seconds, in order of their begin."""
-    names = {e["pid"]: e["args"]["name"] for e in events if e.get("name") == "process_name"}
+    """(tensor, activity, begin, end) in seconds since the epoch, in order of their begin."""
+    named = {e["pid"]: e["args"] for e in events if e.get("name") == "process_name"}
+    zero = next(
+        a["start_time_since_epoch_in_micros"] for a in named.values() if "start_time_since_epoch_in_micros" in a
+    )
     opened: dict[Any, list[tuple[str, float]]] = {}
     found = []
     for e in events:
         if e.get("ph") == "B":
-            opened.setdefault(e["pid"], []).append((e["name"], e["ts"] * 1e-6))
+            opened.setdefault(e["pid"], []).append((e["name"], (zero + e["ts"]) * 1e-6))
         elif e.get("ph") == "E" and opened.get(e["pid"]):
             what, begin = opened[e["pid"]].pop()
-            found.append((names.get(e["pid"], ""), what, begin, e["ts"] * 1e-6))
+            found.append((named[e["pid"]].get("name", ""), what, begin, (zero + e["ts"]) * 1e-6))
     return sorted(found, key=lambda s: s[2])
 
 
-def overlap(events: list[dict[str, Any]], standalone: list[float]) -> dict[str, Any]:
-    """Milliseconds of all-reduces per step: in all, after backward (exposed), stand-alone; medians over steps."""
-    steps: list[list[tuple[str, float, float, float]]] = [[]]  # of one step: bucket, handed over, began, ended
+def overlap(events: list[dict[str, Any]], backward_ended: list[float], standalone: list[float]) -> dict[str, Any]:
+    """Milliseconds of all-reduces per step: in all, after backward (exposed), stand-alone; medians over steps.
+
+    Every bucket is all-reduced once in each step, so its n-th time is that of the n-th step.
+    """
+    reduced: dict[str, list[tuple[float, float]]] = {}
     for name, what, begin, end in spans(events):
-        if not name.startswith("gradients.") or what not in ("ALLREDUCE", "NEGOTIATE_ALLREDUCE"):
-            continue
-        last = steps[-1]
-        if what == "NEGOTIATE_ALLREDUCE":
-            if any(bucket == name for bucket, *_ in last):
-                steps.append([])
-            steps[-1].append((name, begin, 0.0, 0.0))
-        else:
-            i = next(i for i, row in enumerate(last) if row[0] == name)
-            last[i] = (name, last[i][1], begin, end)
-    whole = [s for s in steps if s and all(row[3] for row in s)]
-    most = max(len(s) for s in whole)
-    whole = [s for s in whole if len(s) == most]
-    total = [sum(end - begin for _, _, begin, end in s) for s in whole]
-    exposed = [max(0.0, max(row[3] for row in s) - max(row[1] for row in s)) for s in whole]
+        if what == "ALLREDUCE" and ".gradients." in name:
+            reduced.setdefault(name.removeprefix("allreduce."), []).append((begin, end))
+    wrong = {name: len(times) for name, times in reduced.items() if len(times) != len(backward_ended)}
+    if wrong or not reduced:
+        raise SystemExit(f"the timeline tells of {wrong or 'no'} all-reduces in {len(backward_ended)} steps")
+    total, exposed, told = [], [], []
+    for step, ended in enumerate(backward_ended):
+        mine = {name: times[step] for name, times in sorted(reduced.items())}
+        total.append(sum(end - begin for begin, end in mine.values()))
+        exposed.append(max(0.0, max(end for _, end in mine.values()) - ended))
+        told.append([[n, round(1e3 * (b - ended), 2), round(1e3 * (e - ended), 2)] for n, (b, e) in mine.items()])
     alone = float(np.median(standalone))
     return {
-        "steps": len(whole),
+        "steps": len(total),
         "all-reduce ms": 1e3 * float(np.median(total)),
         "exposed ms": 1e3 * float(np.median(exposed)),
         "stand-alone ms": 1e3 * alone,
         "exposed / stand-alone": float(np.median(exposed)) / alone,
-        "buckets": [[(n, *(round(1e3 * (t - s[0][1]), 3) for t in ts)) for n, *ts in s] for s in whole[:3]],
+        TOLD: told[:3],
     }
 
 

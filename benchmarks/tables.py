@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks import record, show
+from benchmarks import record, show, step
 
 README = Path(__file__).parent.parent / "README.md"
 MARKS = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.S)
@@ -107,7 +107,7 @@ def overlap() -> str:
         found = record.read("step_resnet18")["overlap"]
     except FileNotFoundError:
         return "Not measured yet: `python -m benchmarks.step`."
-    shown = {k: v for k, v in found.items() if k not in ("buckets", "steps")}
+    shown = {k: v for k, v in found.items() if k not in (step.TOLD, "steps")}
     return show.markdown([shown]) + _link("step_resnet18")
 
 

@@ -41,7 +41,7 @@ class Finished(Exception):
 
 
 class Watch:
-    """Where the seconds of a step go: each mark says what follows."""
+    """Where the seconds of a step go: each mark says what follows. `cpu` are those of all threads together."""
 
     def __init__(self, synchronize: Callable[[], None]) -> None:
         self.synchronize, self.apart = synchronize, False
@@ -50,12 +50,15 @@ class Watch:
     def restart(self) -> None:
         """Begin a step."""
         self.seconds = dict.fromkeys(PARTS, 0.0)
-        self.what, self.since = "rest", time.perf_counter()
+        self.what, self.since, self.cpu = "rest", time.perf_counter(), time.process_time()
+        self.backward_ended = 0.0
 
     def mark(self, what: str) -> None:
         """From now on it is `what`; a device is waited for only where the parts are asked for."""
         if self.apart:
             self.synchronize()
+        if what == "wait":
+            self.backward_ended = time.time()  # as Horovod's timeline counts
         now = time.perf_counter()
         self.seconds[self.what] += now - self.since
         self.what, self.since = what, now
@@ -103,7 +106,9 @@ class Turns:
         self.notes()
         self.watch.synchronize()
         self.watch.mark("rest")
-        self.steps.append(self.watch.seconds)
+        self.steps.append(
+            {**self.watch.seconds, "cpu": time.process_time() - self.watch.cpu, "ended": self.watch.backward_ended}
+        )
         self.left -= 1
         if self.left:
             self._next()

@@ -14,25 +14,27 @@ from dist_lars.reducer import Reducer
 
 
 class Layers:
-    """Seconds of every leaf module, forward and backward, while it is attached."""
+    """Seconds of every leaf module forward, and backward where it has parameters, while it is attached.
+
+    A backward lasts from the gradient of the output to the last one of the parameters. (Module hooks on backward would
+    forbid activations in place.)
+    """
 
     def __init__(self, model: nn.Module, synchronize: Callable[[], None]) -> None:
-        self.synchronize, self.steps = synchronize, 0
+        self.synchronize, self.steps, self.since = synchronize, 0, 0.0
         self.leaves = {name: m for name, m in model.named_modules() if not list(m.children())}
         self.seconds = {name: {"forward": 0.0, "backward": 0.0} for name in self.leaves}
-        self.since = 0.0
+        self.last: dict[str, float] = {}  # when the backward of a module began, or had its gradient so far
 
     @contextmanager
     def attached(self, steps: int) -> Iterator[None]:
         """Inside, every forward and backward counts; `steps` of them are averaged."""
         self.steps, hooks = steps, []
         for name, module in self.leaves.items():
-            hooks += [
-                module.register_forward_pre_hook(lambda *_: self._begin()),
-                module.register_forward_hook(lambda *_, name=name: self._end(name, "forward")),
-                module.register_full_backward_pre_hook(lambda *_: self._begin()),
-                module.register_full_backward_hook(lambda *_, name=name: self._end(name, "backward")),
-            ]
+            hooks.append(module.register_forward_pre_hook(lambda *_: self._begin()))
+            hooks.append(module.register_forward_hook(lambda m, x, out, name=name: self._forward(name, out)))
+            for p in module.parameters(recurse=False):
+                hooks.append(p.register_post_accumulate_grad_hook(lambda _, name=name: self._gradient(name)))
         yield
         for hook in hooks:
             hook.remove()
@@ -41,9 +43,21 @@ class Layers:
         self.synchronize()
         self.since = time.perf_counter()
 
-    def _end(self, name: str, what: str) -> None:
+    def _forward(self, name: str, out: torch.Tensor) -> None:
         self.synchronize()
-        self.seconds[name][what] += time.perf_counter() - self.since
+        self.seconds[name]["forward"] += time.perf_counter() - self.since
+        if out.requires_grad and list(self.leaves[name].parameters(recurse=False)):
+            out.register_hook(lambda _: self._arrived(name))
+
+    def _arrived(self, name: str) -> None:
+        self.synchronize()
+        self.last[name] = time.perf_counter()
+
+    def _gradient(self, name: str) -> None:
+        self.synchronize()
+        now = time.perf_counter()
+        self.seconds[name]["backward"] += now - self.last[name]
+        self.last[name] = now
 
     def rows(self) -> list[dict[str, Any]]:
         """One per module that took time."""

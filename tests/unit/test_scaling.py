@@ -13,7 +13,7 @@ def measured(case: Case, *blocks: list[list[float]], batch: int = 10) -> Measure
     """`blocks` are [rank][step] seconds, all of them in backward."""
     m = Measured(case, batch)
     for block in blocks:
-        m.add([[{p: s if p == "backward" else 0.0 for p in scaling.PARTS} for s in steps] for steps in block])
+        m.add([[{p: s if p == "backward" else 0.0 for p in (*scaling.PARTS, "cpu")} for s in steps] for steps in block])
     return m
 
 
@@ -93,14 +93,16 @@ def test_latency_and_bandwidth_are_found_again():
     assert (a, b) == (pytest.approx(2e-5), pytest.approx(3e9))
 
 
-def timeline(*steps: list[tuple[str, float, float, float]]) -> list[dict]:
-    """Events as Horovod writes them, microseconds: of each bucket when it was handed over, began and ended."""
-    names = sorted({row[0] for s in steps for row in s})
-    events = [{"name": "process_name", "ph": "M", "pid": i, "args": {"name": n}} for i, n in enumerate(names)]
-    for name, handed, began, ended in (row for s in steps for row in s):
-        pid = names.index(name)
+def timeline(*reduced: tuple[str, float, float]) -> list[dict]:
+    """Events as Horovod writes them, microseconds since its start at 7 s: when the all-reduce of a bucket ran."""
+    names = sorted({row[0] for row in reduced})
+    events = [{"name": "process_name", "ph": "M", "pid": 0, "args": {"start_time_since_epoch_in_micros": 7_000_000}}]
+    for i, name in enumerate(names, 1):
+        events.append({"name": "process_name", "ph": "M", "pid": i, "args": {"name": f"allreduce.{name}"}})
+    for name, began, ended in reduced:
+        pid = 1 + names.index(name)
         events += [
-            {"ph": "B", "name": "NEGOTIATE_ALLREDUCE", "pid": pid, "ts": handed},
+            {"ph": "B", "name": "NEGOTIATE_ALLREDUCE", "pid": pid, "ts": began - 500},
             {"ph": "E", "pid": pid, "ts": began},
             {"ph": "B", "name": "ALLREDUCE", "pid": pid, "ts": began},
             {"ph": "B", "name": "MPI_ALLREDUCE", "pid": pid, "ts": began},
@@ -110,14 +112,19 @@ def timeline(*steps: list[tuple[str, float, float, float]]) -> list[dict]:
     return events
 
 
-def test_what_runs_after_the_last_bucket_was_handed_over_is_exposed():
-    one = [("gradients.0", 0, 1e3, 5e3), ("gradients.1", 10e3, 11e3, 14e3)]
-    later = [(name, *(t + 1e6 for t in ts)) for name, *ts in one]
-    found = step.overlap(timeline(one, later), standalone=[0.010])
+def test_what_runs_after_backward_has_ended_is_exposed():
+    """Two steps: backward ends 10 ms after the first begins, the last bucket 4 ms later; and 1 s later the same."""
+    events = timeline(
+        ("gradients.0", 1e3, 5e3), ("notes", 2e3, 9e3), ("gradients.1", 11e3, 14e3),
+        ("gradients.0", 1001e3, 1005e3), ("gradients.1", 1011e3, 1014e3),
+    )  # fmt: skip
+    found = step.overlap(events, [7.010, 8.010], standalone=[0.010])
     assert found["steps"] == 2
     assert found["all-reduce ms"] == pytest.approx(7.0)
     assert found["exposed ms"] == pytest.approx(4.0)
     assert found["exposed / stand-alone"] == pytest.approx(0.4)
+    with pytest.raises(SystemExit, match="'gradients.0': 2, 'gradients.1': 2"):
+        step.overlap(events, [7.010], standalone=[0.010])
 
 
 def test_a_knob_is_turned_only_for_a_sure_gain():
@@ -159,7 +166,7 @@ def test_a_table_that_is_not_current_is_noticed():
 
 def test_steps_of_unlike_parts_are_summed():
     m = Measured(Case(1, "none"), 1)
-    m.add([[{p: 1.0 for p in scaling.PARTS}]])
+    m.add([[dict.fromkeys((*scaling.PARTS, "cpu"), 1.0)]])
     assert m.steps().tolist() == [len(scaling.PARTS)]
     assert m.parts() == dict.fromkeys(scaling.PARTS, 1000.0)
     assert isinstance(m.speeds(), np.ndarray)
