@@ -96,13 +96,14 @@ def table(times: dict[tuple[str, int], list[float]], ranks: int) -> list[dict[st
 
 
 def fit_all(times: dict[tuple[str, int], list[float]]) -> list[dict[str, Any]]:
-    """`fit` for every carrier."""
-    rows = []
+    """`fit` for every carrier; no bandwidth where larger messages took no longer."""
+    rows: list[dict[str, Any]] = []
     for carrier in dict.fromkeys(c for c, _ in times):
         points = [(size, float(np.median(values))) for (c, size), values in times.items() if c == carrier]
         a, b = fit([p[0] for p in points], [p[1] for p in points])
         errors = [abs((a + size / b) / seconds - 1) for size, seconds in points]
-        row = {"carrier": carrier, "latency us": 1e6 * a, "GB/s": 1e-9 * b, "largest error %": 100 * max(errors)}
+        row: dict[str, Any] = {"carrier": carrier, "latency us": 1e6 * a, "GB/s": 1e-9 * b if np.isfinite(b) else None}
+        row["largest error %"] = 100 * max(errors)
         rows.append(row)
     return rows
 

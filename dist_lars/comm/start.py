@@ -16,6 +16,8 @@ CPU_DEFAULTS = {
     # that computes.
     "HOROVOD_CYCLE_TIME": "5",
     "OMPI_MCA_mpi_yield_when_idle": "1",
+    # Buckets that are sent together are first copied together, and back, by that same core.
+    "HOROVOD_FUSION_THRESHOLD": "0",
 }
 DEFAULTS = {
     # Horovod's own default is to wait for ever for a rank that never comes.
