@@ -5,7 +5,6 @@ Keys are spelled with underscores; on the command line a dash is accepted for an
 """
 
 import difflib
-import os
 import sys
 import time
 from importlib import resources
@@ -17,7 +16,7 @@ import yaml
 
 from dist_lars.config import LEAVES, Config, flat_yaml, from_flat, plain, unknown
 from dist_lars.errors import UserError
-from dist_lars.launchers import is_first
+from dist_lars.launchers import is_first_process
 
 DEFAULT_PRESET = "resnet18_8k"
 
@@ -171,7 +170,7 @@ def _wanted(key: str) -> str:
 
 def fail(error: UserError) -> NoReturn:
     """Print the text once for the whole job and leave with exit code 2, as argument parsers do."""
-    if is_first(os.environ):
+    if is_first_process():
         print(f"error: {error}", file=sys.stderr, flush=True)
     else:
         time.sleep(2)  # launchers kill everyone at the first exit: let the first process speak

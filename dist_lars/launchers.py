@@ -1,5 +1,6 @@
 """What its launcher tells a process: how many ranks were started, and which of them it is."""
 
+import os
 import re
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -85,7 +86,7 @@ def first_host(nodes: str) -> str:
     return re.sub(r"\[(\d+)[^\]]*\]", r"\1", first[0] if first else "")
 
 
-def is_first(environment: Mapping[str, str]) -> bool:
+def is_first_process(environment: Mapping[str, str] = os.environ) -> bool:
     """True unless the environment says that this is another rank than 0: messages are printed once."""
     marks = {v.mark: v.rank for v in LAUNCHERS.values()} | {"PMIX_RANK": "PMIX_RANK", "PMI_RANK": "PMI_RANK"}
     return all(environment.get(rank, "0") == "0" for mark, rank in marks.items() if environment.get(mark))

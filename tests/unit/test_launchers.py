@@ -3,7 +3,7 @@
 import pytest
 
 from dist_lars.errors import UserError
-from dist_lars.launchers import Place, expected_ranks, first_host, is_first, place_of, tasks_per_node
+from dist_lars.launchers import Place, expected_ranks, first_host, is_first_process, place_of, tasks_per_node
 
 TORCHRUN = {"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": "8", "RANK": "5", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
 MPIRUN = {"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_LOCAL_RANK": "1",
@@ -90,4 +90,4 @@ def test_the_first_of_a_node_list(nodes, first):
     ],
 )
 def test_one_process_speaks(environment, first):
-    assert is_first(environment) == first
+    assert is_first_process(environment) == first
