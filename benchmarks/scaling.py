@@ -21,35 +21,20 @@ from __future__ import annotations
 
 import argparse
 import json
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from benchmarks import record, show
 from benchmarks.group import Group, close_all, in_turn, launcher_at_hand
-from dist_lars.cli import load_config
+from benchmarks.scaling_results import PARTS, Case, Measured, compare, recipe, split_rows, table
 
-PARTS = ("data", "input", "forward", "backward", "wait", "optimizer", "rest")
-RECIPES = {"resnet18": "resnet18_8k", "alexnet": "alexnet_8k", "alexnet_bn": "alexnet_bn_8k", "resnet50": "resnet50_8k"}
 CARRIERS = {"horovod": None, "horovod-gloo": "gloo", "torch": None, "ddp": None, "none": None}  # -> launcher it needs
 COLUMNS = ("ranks", "carrier", "data", "wire", "passes", "images/s", "low", "high", "of 1 rank", "of 1 node",
            "of ceiling", "c low", "c high", "p99/median", "hours", "node-hours")  # fmt: skip
-
-
-class Case(NamedTuple):
-    """One group: so many ranks, and who carries their gradients (`none`: independent trainings, the ceiling)."""
-
-    ranks: int
-    carrier: str
-    wire: str = "fp32"
-    passes: int = 1
-    data: str = "synthetic"
-
-    def key(self) -> str:
-        """As raw times are filed."""
-        return f"{self.ranks} {self.carrier} {self.wire} x{self.passes} {self.data}"
 
 
 def make_cases(ranks: Sequence[int], carriers: Sequence[str], wires: Sequence[str], passes: Sequence[int],
@@ -67,47 +52,6 @@ def make_cases(ranks: Sequence[int], carriers: Sequence[str], wires: Sequence[st
     if real:
         found += [Case(1, "none", data="real"), Case(many, "none", data="real"), Case(many, carriers[0], data="real")]
     return list(dict.fromkeys(found))
-
-
-class Measured:
-    """The times of one case: seconds of each part of each step, by round, rank and step."""
-
-    def __init__(self, case: Case, batch: int) -> None:
-        self.case, self.batch = case, batch
-        self.blocks: list[np.ndarray] = []  # each [ranks, steps, parts]
-        self.cpu: list[float] = []  # of a step of a rank, all its threads
-
-    def add(self, answers: list[list[dict[str, float]]]) -> None:
-        """One turn."""
-        self.cpu += [step["cpu"] for steps in answers for step in steps]
-        self.blocks.append(np.array([[[step[p] for p in PARTS] for step in steps] for steps in answers]))
-
-    def steps(self) -> np.ndarray:
-        """Seconds of every step: of the slowest rank; of independent ones, the time that stands for their sum."""
-        whole = np.concatenate([block.sum(2) for block in self.blocks], axis=1)
-        return self.harmonic(whole) if self.case.carrier == "none" else whole.max(0)
-
-    @staticmethod
-    def harmonic(whole: np.ndarray) -> np.ndarray:
-        """Ranks that do not wait for each other do sum(1 / seconds) steps a second together."""
-        return whole.shape[0] / (1 / whole).sum(0)
-
-    def speeds(self) -> np.ndarray:
-        """Images/s of all ranks, one number per round."""
-        images = self.case.ranks * self.batch * self.case.passes
-        found = []
-        for block in self.blocks:
-            whole = block.sum(2)
-            if self.case.carrier == "none":
-                found.append((images / self.case.ranks * whole.shape[1] / whole.sum(1)).sum())
-            else:
-                found.append(images * whole.shape[1] / whole.max(0).sum())
-        return np.array(found)
-
-    def parts(self) -> dict[str, float]:
-        """Median milliseconds of each part over ranks and steps."""
-        every = np.concatenate([block.reshape(-1, len(PARTS)) for block in self.blocks])
-        return {part: 1e3 * float(np.median(every[:, i])) for i, part in enumerate(PARTS)}
 
 
 def main() -> None:
@@ -203,8 +147,6 @@ def start_group(args: argparse.Namespace, case: Case) -> Group:
 
 def measure(groups: dict[str, Group], measured: dict[str, Measured], args: argparse.Namespace) -> int:
     """Warm every group up, then take turns; how many rounds."""
-    import time
-
     cuda = next(iter(groups.values())).facts[0]["device"] == "cuda"
 
     def work(key: str) -> dict[str, Any]:
@@ -218,10 +160,10 @@ def measure(groups: dict[str, Group], measured: dict[str, Measured], args: argpa
         groups, work, args.rounds, lambda key, answer: measured[key].add(answer), lambda: time.monotonic() > end
     )
     if cuda:  # the parts need a device that is waited for, which costs: extra turns tell them
-        apart = {key: Measured(m.case, m.batch) for key, m in measured.items()}
-        in_turn(groups, lambda key: {**work(key), "apart": True}, 3, lambda key, a: apart[key].add(a), lambda: False)
-        for key, m in measured.items():
-            m.parts = apart[key].parts  # type: ignore[method-assign]
+        in_turn(
+            groups, lambda key: {**work(key), "apart": True}, 3,
+            lambda key, answer: measured[key].add(answer, apart=True), lambda: False,
+        )  # fmt: skip
     return done
 
 
@@ -233,67 +175,6 @@ def warm_up(group: Group, work: dict[str, Any], most: int = 4) -> None:
         if abs(now - last) < 0.05 * now:
             return
         last = now
-
-
-# --- what follows from the times --------------------------------------------------------------------------------------
-
-
-def table(measured: dict[str, Measured], args: argparse.Namespace, hosts: dict[str, list[int]]) -> list[dict[str, Any]]:
-    """One row per case."""
-    speeds = {m.case: m.speeds() for m in measured.values()}
-    own_node = [c.ranks for c in speeds if len(hosts.get(f"{c.ranks} ranks", [])) == 1]
-    rows = []
-    for case, speed in speeds.items():
-        seen = record.summary(speed)
-        row: dict[str, Any] = {
-            "ranks": case.ranks, "carrier": case.carrier, "data": case.data, "wire": case.wire, "passes": case.passes,
-            "images/s": seen["median"], "low": seen["low"], "high": seen["high"],
-        }  # fmt: skip
-        one = speeds.get(Case(1, "none", data=case.data))
-        if one is not None and case.carrier != "none" and case.passes == 1:
-            row["of 1 rank"] = record.ratio(speed, case.ranks * one)["median"]
-        node = speeds.get(case._replace(ranks=max(own_node, default=0)))
-        if node is not None and case.carrier != "none" and max(own_node) < case.ranks:
-            row["of 1 node"] = record.ratio(speed / case.ranks, node / max(own_node))["median"]
-        ceiling = speeds.get(Case(case.ranks, "none", passes=case.passes, data=case.data))
-        if ceiling is not None and case.carrier != "none":
-            ratio = record.ratio(speed, ceiling)
-            row |= {"of ceiling": ratio["median"], "c low": ratio["low"], "c high": ratio["high"]}
-        steps = measured[case.key()].steps()
-        row["p99/median"] = float(np.percentile(steps, 99) / np.median(steps))
-        if case.carrier != "none" or case.ranks == 1:
-            row |= time_to_end(row["images/s"], args, len(hosts.get(f"{case.ranks} ranks", [1])))
-        rows.append(row)
-    return rows
-
-
-def time_to_end(speed: float, args: argparse.Namespace, nodes: int) -> dict[str, float]:
-    """Hours of all epochs of the recipe at this speed, evaluation not counted, and what is paid for them."""
-    name = recipe(args)
-    if name is None:
-        return {}
-    config = load_config(name)
-    hours = config.epochs * config.data.train_images / speed / 3600
-    return {"hours": hours, "node-hours": hours * nodes}
-
-
-def recipe(args: argparse.Namespace) -> str | None:
-    """The preset whose epochs count."""
-    return args.recipe or RECIPES.get(args.model)
-
-
-def split_rows(measured: dict[str, Measured]) -> list[dict[str, Any]]:
-    """Median milliseconds of the parts of a step and of the CPU, and what communication adds to independent ranks'."""
-    rows = []
-    for m in measured.values():
-        case = m.case
-        row = {"case": case.key(), "step ms": 1e3 * float(np.median(m.steps())), **m.parts()}
-        row["cpu ms"] = 1e3 * float(np.median(m.cpu))
-        alone = measured.get(Case(case.ranks, "none", passes=case.passes, data=case.data).key())
-        if alone is not None and case.carrier != "none":
-            row["exposed ms"] = row["step ms"] - 1e3 * float(np.median(alone.steps()))
-        rows.append(row)
-    return rows
 
 
 def draw(rows: list[dict[str, Any]], path: Path, args: argparse.Namespace) -> None:
@@ -309,26 +190,6 @@ def draw(rows: list[dict[str, Any]], path: Path, args: argparse.Namespace) -> No
         title=f"{args.model}, {args.batch} images of {args.image_size} px "
         f"{'per rank' if args.mode == 'weak' else 'over all ranks'}",
     )  # fmt: skip
-
-
-def compare(before: dict[str, Any], after: dict[str, Any]) -> list[dict[str, Any]]:
-    """Cases that both records have: images/s of each, and their ratio with what the intervals leave possible."""
-    rows = []
-    what = ("ranks", "carrier", "data", "wire", "passes")
-    old = {tuple(row[k] for k in what): row for row in before["rows"]}
-    for row in after["rows"]:
-        key = tuple(row[k] for k in what)
-        if key in old:
-            a, b = old[key], row
-            rows.append(
-                {
-                    **dict(zip(what, key, strict=True)), "before": a["images/s"], "after": b["images/s"],
-                    "ratio": b["images/s"] / a["images/s"], "low": b["low"] / a["high"], "high": b["high"] / a["low"],
-                }
-            )  # fmt: skip
-    if not rows:
-        raise SystemExit("the two records have no case in common")
-    return rows
 
 
 if __name__ == "__main__":

@@ -20,8 +20,8 @@ import numpy as np
 
 from benchmarks import record, show
 from benchmarks.group import Group, launcher_at_hand
+from benchmarks.scaling_results import PARTS
 
-PARTS = ("data", "input", "forward", "backward", "wait", "optimizer", "rest")
 TOLD = "ms from the end of backward"  # [bucket, begin, end] of the first steps
 
 

@@ -19,7 +19,8 @@ import yaml
 
 from benchmarks import record, show
 from benchmarks.group import Group, close_all, in_turn, launcher_at_hand
-from benchmarks.scaling import Case, Measured, warm_up
+from benchmarks.scaling import warm_up
+from benchmarks.scaling_results import Case, Measured
 from dist_lars.checkpoint import write_aside
 
 GRID: dict[str, tuple[Any, ...]] = {

@@ -23,6 +23,7 @@ from torch import nn
 
 from benchmarks import worker_parts
 from benchmarks.group import die_with_parent
+from benchmarks.scaling_results import PARTS
 from dist_lars import api, data, engine, inputs
 from dist_lars import comm as ranks
 from dist_lars.cli import load_config
@@ -32,8 +33,6 @@ from dist_lars.metrics import Counts
 from dist_lars.plan import make_plan
 from dist_lars.resources import cores_per_rank, pick_autocast, pick_device, share_cores
 from dist_lars.runlog import RunLog
-
-PARTS = ("data", "input", "forward", "backward", "wait", "optimizer", "rest")
 
 
 class Finished(Exception):

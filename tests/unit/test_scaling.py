@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 
 from benchmarks import allreduce, scaling, step, tables, tune
-from benchmarks.scaling import Case, Measured
+from benchmarks.scaling_results import PARTS, Case, Measured
 
 
 def measured(case: Case, *blocks: list[list[float]], batch: int = 10) -> Measured:
     """`blocks` are [rank][step] seconds, all of them in backward."""
     m = Measured(case, batch)
     for block in blocks:
-        m.add([[{p: s if p == "backward" else 0.0 for p in (*scaling.PARTS, "cpu")} for s in steps] for steps in block])
+        m.add([[{p: s if p == "backward" else 0.0 for p in (*PARTS, "cpu")} for s in steps] for steps in block])
     return m
 
 
@@ -166,7 +166,7 @@ def test_a_table_that_is_not_current_is_noticed():
 
 def test_steps_of_unlike_parts_are_summed():
     m = Measured(Case(1, "none"), 1)
-    m.add([[dict.fromkeys((*scaling.PARTS, "cpu"), 1.0)]])
-    assert m.steps().tolist() == [len(scaling.PARTS)]
-    assert m.parts() == dict.fromkeys(scaling.PARTS, 1000.0)
+    m.add([[dict.fromkeys((*PARTS, "cpu"), 1.0)]])
+    assert m.steps().tolist() == [len(PARTS)]
+    assert m.parts() == dict.fromkeys(PARTS, 1000.0)
     assert isinstance(m.speeds(), np.ndarray)
