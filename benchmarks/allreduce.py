@@ -31,7 +31,7 @@ def main() -> None:
     parser.add_argument("--largest_mb", type=float, default=256.0)
     parser.add_argument("--rounds", type=int, default=5, help="turns of each carrier at each size")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--launcher", choices=("mpirun", "srun"), default=launcher_at_hand())
+    parser.add_argument("--launcher", choices=("mpirun", "horovodrun", "srun"), default=launcher_at_hand())
     parser.add_argument("--name", default="allreduce", help="of the record")
     args = parser.parse_args()
     known = [c for c in CARRIERS if args.device == "cpu" or c in ("horovod", "torch")]

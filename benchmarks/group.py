@@ -41,6 +41,7 @@ def start_words(launcher: str, ranks: int, names: Iterable[str] = ()) -> list[st
     passed = [word for name in ("PATH", "PYTHONPATH", "OMP_NUM_THREADS", *names) for word in ("-x", name)]
     words = {
         "mpirun": [_own("mpirun"), "--bind-to", "none", "--map-by", ":OVERSUBSCRIBE", *passed, "-np"],
+        "horovodrun": [_own("horovodrun"), "-np"],
         "gloo": [_own("horovodrun"), "--gloo", "-np"],
     }
     return [*words[launcher], str(ranks)]

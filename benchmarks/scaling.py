@@ -105,7 +105,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=300, help="for all turns together")
     parser.add_argument("--rounds", type=int, default=1000, help="turns of each group at most")
     parser.add_argument("--option", action="append", default=[], metavar="KEY=VALUE", help="of dist_lars.train")
-    parser.add_argument("--launcher", choices=("mpirun", "srun"), default=launcher_at_hand())
+    parser.add_argument("--launcher", choices=("mpirun", "horovodrun", "srun"), default=launcher_at_hand())
     parser.add_argument("--recipe", help="preset whose epochs are turned into hours (default: by model)")
     parser.add_argument("--name", help="of the record")
     parser.add_argument("--compare", nargs=2, metavar="RECORD", help="two records: what the second one changed")

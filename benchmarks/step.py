@@ -34,7 +34,7 @@ def main() -> None:
     parser.add_argument("--image_size", type=int, default=224)
     parser.add_argument("--steps", type=int, default=12, help="of each kind")
     parser.add_argument("--option", action="append", default=[], metavar="KEY=VALUE", help="of dist_lars.train")
-    parser.add_argument("--launcher", choices=("mpirun", "srun"), default=launcher_at_hand())
+    parser.add_argument("--launcher", choices=("mpirun", "horovodrun", "srun"), default=launcher_at_hand())
     parser.add_argument("--name", help="of the record")
     args = parser.parse_args()
     parts = {"1 rank": run_parts(args, 1, "none")}

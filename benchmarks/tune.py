@@ -44,7 +44,7 @@ def main() -> None:
     parser.add_argument("--wire", action="store_true", help="try 16-bit gradients, too")
     parser.add_argument("--steps", type=int, default=3, help="of one turn")
     parser.add_argument("--rounds", type=int, default=8, help="turns of each value")
-    parser.add_argument("--launcher", choices=("mpirun", "srun"), default=launcher_at_hand())
+    parser.add_argument("--launcher", choices=("mpirun", "horovodrun", "srun"), default=launcher_at_hand())
     parser.add_argument("--out", type=Path, required=True, help="the YAML file")
     parser.add_argument("--name", help="of the record (default: tune_MODEL)")
     args = parser.parse_args()
