@@ -26,7 +26,7 @@ from dist_lars.checkpoint import write_aside
 GRID: dict[str, tuple[Any, ...]] = {
     "comm.cycle_ms": (None, 1.0, 5.0, 20.0),
     "comm.bucket_mb": (None, 5.0, 100.0),
-    "comm.fusion_mb": (None, 0.0),
+    "comm.fusion_mb": (None, 0.0, 128.0),
     "comm.cache": (None, 0),
     "comm.hierarchical": (None, True),  # where there are several hosts
 }
