@@ -1,14 +1,16 @@
 """torchrun starts a training; a run begun by one backend goes on with the other."""
 
+import json
 import signal
 import subprocess
+import sys
 import time
 
 import pytest
 import torch
 
 from dist_lars import checkpoint, runlog
-from tests.conftest import CARRIERS, LAUNCHERS, TORCHRUN, environment
+from tests.conftest import CARRIERS, LAUNCHERS, ROOT, TORCHRUN, environment
 
 pytestmark = pytest.mark.launch
 TRAIN = ("python", "-m", "dist_lars.train")
@@ -84,6 +86,23 @@ def test_wrong_launches_are_refused_with_the_way_out(command, image_folder):
     assert "DIST_LARS_RANKS=2 says that 2 ranks were started, but this process sees 1" in done.stdout
 
 
+def test_tasks_of_srun_meet_without_mpi(tmp_path):
+    """Stands in for srun: two processes with the variables of a job step (tests/cluster has a real one)."""
+    step = {
+        "SLURM_JOB_ID": "77", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_TASKS_PER_NODE": "2",
+        "SLURM_NODEID": "0", "SLURM_STEP_NODELIST": "localhost", "DIST_LARS_TEST_BACKEND": "torch",
+        "DIST_LARS_TEST_OUT": str(tmp_path),
+    }  # fmt: skip
+    worker = [sys.executable, str(ROOT / "tests/parallel/worker_comm.py")]
+    tasks = [
+        subprocess.Popen(worker, env=environment(**step, SLURM_PROCID=str(r), SLURM_LOCALID=str(r))) for r in (0, 1)
+    ]
+    assert [task.wait(90) for task in tasks] == [0, 0]
+    for r in (0, 1):
+        got = json.loads((tmp_path / f"rank{r}.json").read_text())
+        assert (got["local"], got["sum"]["half"], got["object"]) == ([r, 2], 1.0, {"from": 0})
+
+
 def test_evaluation_under_torchrun(command, image_folder, tmp_path):
     data = ("--data.path", str(image_folder))
     assert command(*TRAIN, *OPTIONS, *data, "--run_dir", "r").returncode == 0
@@ -91,8 +110,6 @@ def test_evaluation_under_torchrun(command, image_folder, tmp_path):
     alone = command(*evaluate)
     shared = command(*TORCHRUN, "2", *evaluate, "--backend", "torch")
     lines = [next(x for x in d.stdout.splitlines() if x.startswith("{")) for d in (alone, shared)]
-    import json
-
     one, two = map(json.loads, lines)
     assert one["count"] == two["count"] == 11
     assert one["top1"] == two["top1"]
