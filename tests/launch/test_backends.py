@@ -87,7 +87,7 @@ def test_wrong_launches_are_refused_with_the_way_out(command, image_folder):
 
 
 def test_tasks_of_srun_meet_without_mpi(tmp_path):
-    """Stands in for srun: two processes with the variables of a job step (tests/cluster has a real one)."""
+    """Stands in for srun: two processes with the variables of a job step."""
     step = {
         "SLURM_JOB_ID": "77", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_TASKS_PER_NODE": "2",
         "SLURM_NODEID": "0", "SLURM_STEP_NODELIST": "localhost", "DIST_LARS_TEST_BACKEND": "torch",
