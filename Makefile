@@ -23,7 +23,7 @@ export PRTE_ALLOW_RUN_AS_ROOT := 1
 export PRTE_ALLOW_RUN_AS_ROOT_CONFIRM := 1
 endif
 
-.PHONY: help install train test test-faults test-install check fmt doctor mutants clean FORCE
+.PHONY: help install train test test-faults test-install check fmt tables doctor mutants clean FORCE
 .DELETE_ON_ERROR:
 
 help:  ## list the commands
@@ -53,6 +53,9 @@ check: install  ## formatting, lint, spelling, types, and the tests that need on
 fmt: install  ## format the code and repair what lint can repair
 	ruff format .
 	ruff check --fix .
+
+tables: install  ## write the tables of README.md anew, from benchmarks/records
+	python -m benchmarks.tables
 
 doctor: install  ## say what works on this machine, and how to repair what does not
 	python -m dist_lars.doctor $(ARGS)

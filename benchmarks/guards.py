@@ -29,7 +29,7 @@ LIMIT = 1.0  # percent of a step that all guards together may take
 def main() -> None:
     """Time steps and guards in turn, write the record."""
     torch.set_num_threads(1)
-    comm = ranks.start(cpu=True, deterministic=False)
+    comm = ranks.start(cpu=True)
     config = load_config(
         overrides={"batch_size": 32 * comm.size, "micro_batch": 32, "optim.lr": 0.1, "data.kind": "synthetic"}
     )

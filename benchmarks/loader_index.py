@@ -14,7 +14,7 @@ from dist_lars import data, inputs
 def main() -> None:
     """WHAT FOLDER CACHE: rank 0 prints seconds (the slowest rank's), MB per rank (the largest), MB sent to a worker."""
     what, folder, cache = sys.argv[1:]
-    comm = ranks.start(cpu=True, deterministic=False)
+    comm = ranks.start(cpu=True)
     from torchvision.datasets import ImageFolder  # before memory is measured
 
     comm.sum({"warm": 1.0})

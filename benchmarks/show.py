@@ -39,10 +39,12 @@ def plot(
     title: str = "",
     ylabel: str = "",
     references: Mapping[str, float] | None = None,
+    logx: bool = False,
 ) -> Path:
     """Draw `y` over `x` as PNG, one colour per `series`, `kind` "bar" or "line".
 
-    Rows may carry `low` and `high`, which become error bars; `references` are labelled horizontal lines.
+    Rows may carry `low` and `high`, which become error bars; `references` are labelled horizontal lines, and
+    `logx` makes the x axis of a line plot logarithmic.
     """
     import matplotlib as mpl
 
@@ -68,6 +70,8 @@ def plot(
     for label, height in (references or {}).items():
         axes.axhline(height, color="gray", linestyle=":", linewidth=1)
         axes.annotate(label, (1.0, height), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8)
+    if logx:
+        axes.set_xscale("log")
     axes.set(title=title, ylabel=ylabel or y, xlabel="" if kind == "bar" else x)
     axes.grid(axis="y", alpha=0.3)
     if series:

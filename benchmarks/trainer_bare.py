@@ -20,7 +20,7 @@ from dist_lars.resources import pick_autocast
 def main(batch: int, steps: int, averaging: str, channels_last: bool) -> None:
     """Forward, backward, averaging and LARS step on one batch that is already there."""
     torch.set_num_threads(1)
-    comm = ranks.LocalComm() if averaging == "none" else ranks.start(cpu=True, deterministic=False)
+    comm = ranks.LocalComm() if averaging == "none" else ranks.start(cpu=True)
     layout = torch.channels_last if channels_last else torch.contiguous_format
     model = models.build("resnet18", num_classes=320).to(memory_format=layout)  # type: ignore[call-overload]
     step = make_step(model, batch, averaging, comm)
@@ -56,7 +56,7 @@ def make_step(model: torch.nn.Module, batch: int, averaging: str, comm: ranks.Co
             reducer.last_pass = True
         with torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
             loss = torch.nn.functional.cross_entropy(model(images).float(), labels)
-        loss.backward()
+        (loss if reducer is None else loss / reducer.ranks).backward()
         if reducer is not None:
             reducer.finish()
         optimizer.step()

@@ -26,6 +26,8 @@ from dist_lars.resources import cores_per_rank, pick_autocast, pick_device, shar
 from dist_lars.run import Result, Run
 from dist_lars.rundir import open_run_dir, resume_path
 
+WIRE = {"fp32": None, "fp16": torch.float16, "bf16": torch.bfloat16}  # None: as the gradients are
+
 
 class Scores(NamedTuple):
     """Means over `images` images; top-k in percent."""
@@ -76,7 +78,9 @@ def train(config: Config, comm: Comm | None = None) -> Result:
 def start_ranks(config: Config) -> Comm:
     """Join the other ranks, with defaults for the device that this configuration will use."""
     cpu = config.device == "cpu" or (config.device == "auto" and not torch.cuda.is_available())
-    return ranks.start(cpu=cpu, deterministic=config.comm.deterministic)
+    c = config.comm
+    backend = ranks.Backend(c.backend, c.deterministic, c.cycle_ms, c.fusion_mb, c.cache, c.hierarchical)
+    return ranks.start(cpu=cpu, backend=backend)
 
 
 def _lines(config: Config) -> list[str]:
@@ -115,7 +119,7 @@ def make_job(
         model=model,
         optimizer=make_optimizer(config, model, plan.rate.peak),
         comm=comm,
-        reducer=comm.reducer(model.parameters(), config.comm.bucket_mb),
+        reducer=comm.reducer(model.parameters(), config.comm.bucket_mb, WIRE[config.comm.wire]),
         plan=plan,
         device=device,
         autocast=autocast,

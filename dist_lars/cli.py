@@ -5,7 +5,6 @@ Keys are spelled with underscores; on the command line a dash is accepted for an
 """
 
 import difflib
-import os
 import sys
 import time
 from importlib import resources
@@ -17,6 +16,7 @@ import yaml
 
 from dist_lars.config import LEAVES, Config, flat_yaml, from_flat, plain, unknown
 from dist_lars.errors import UserError
+from dist_lars.launchers import is_first_process
 
 DEFAULT_PRESET = "resnet18_8k"
 
@@ -166,12 +166,6 @@ def _wanted(key: str) -> str:
     if get_origin(inner) is Literal:
         return f"one of {', '.join(map(str, get_args(inner)))}"
     return {"int": "a whole number", "float": "a number", "bool": "true or false"}.get(inner.__name__, inner.__name__)
-
-
-def is_first_process() -> bool:
-    """True unless a launcher's environment says that this is another rank: messages are printed once."""
-    ranks = ("OMPI_COMM_WORLD_RANK", "HOROVOD_RANK", "PMIX_RANK", "PMI_RANK")
-    return all(os.environ.get(name, "0") == "0" for name in ranks)
 
 
 def fail(error: UserError) -> NoReturn:

@@ -157,8 +157,23 @@ class Guard:
 
 @dataclass(frozen=True)
 class Comm:
+    backend: Literal["horovod", "torch"] = option(
+        "horovod", "who carries gradients: Horovod, or torch.distributed (NCCL between GPUs, gloo between CPUs)"
+    )
+    wire: Literal["fp32", "fp16", "bf16"] = option(
+        "fp32", "number format of gradients on their way; 16 bits halve the traffic and round the sums"
+    )
     deterministic: bool = option(False, "bit-repeatable sums for any number of ranks (buckets are never fused)")
-    bucket_mb: float = option(25.0, "gradients are averaged in buckets of about so many MB")
+    bucket_mb: float = option(25.0, "gradients travel in buckets of about so many MB, larger ones alone")
+    cycle_ms: float | None = option(
+        None, "Horovod: pause of its background thread (default: $HOROVOD_CYCLE_TIME, else from the device)"
+    )
+    fusion_mb: float | None = option(
+        None, "Horovod: buckets that wait are sent together up to so many MiB (default: $HOROVOD_FUSION_THRESHOLD, "
+        "else Horovod's)",
+    )  # fmt: skip
+    cache: int | None = option(None, "Horovod: tensors whose negotiation is remembered (default: Horovod's)")
+    hierarchical: bool | None = option(None, "Horovod: add up within a node first (default: Horovod's)")
 
 
 @dataclass(frozen=True)
@@ -196,13 +211,6 @@ class Config:
 
     def __post_init__(self) -> None:
         check(self)
-
-
-# Keys that may differ when a run continues: they change where it runs and what it prints, not what it computes.
-MAY_DIFFER_ON_RESUME = (
-    "run_dir", "name", "max_time", "data.path", "data.val", "data.workers", "data.on_error",
-    "data.max_skipped", "data.stage", "data.cache_val", "device", "resume.", "guard.", "log.",
-)  # fmt: skip
 
 
 # --- names: the nested dataclasses as one flat table ------------------------------------------------------------------
@@ -278,15 +286,6 @@ def flat_yaml(text: str, origin: str) -> dict[str, Any]:
     for key, value in loaded.items():
         flat.update({f"{key}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {str(key): value})
     return flat
-
-
-def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """Lines `key: old -> new` for every option that matters to a resumed run and differs; `resume.allow` is excused."""
-    excused = (*MAY_DIFFER_ON_RESUME, *new.get("resume.allow", ()))
-    keys = [k for k in {**old, **new} if not k.startswith(excused)]
-    old, new = plain(old), plain(new)
-    pairs = [(k, old.get(k, "(absent)"), new.get(k, "(absent)")) for k in keys]
-    return [f"{k}: {a} -> {b}" for k, a, b in pairs if a != b]
 
 
 def plain(value: Any) -> Any:

@@ -78,11 +78,12 @@ def train(job: Job, batches: Batches, start: int, counts: Counts, log: RunLog, e
 def train_step(job: Job, stream: Iterator[Batch], step: int, counts: Counts, clock: "Clock") -> float:
     """One optimizer step on `accumulation` micro-batches of this rank; the norm of the averaged gradient.
 
-    Three places divide: cross-entropy by the micro-batch, this function by the accumulation, the reducer by the ranks;
-    all micro-batches have one size, so the gradient is the exact mean over the global batch. Where its norm is not
-    finite, which all ranks see alike, the weights are left as they are.
+    Two places divide: cross-entropy by the micro-batch, this function by the passes of all ranks together; the reducer
+    adds. All micro-batches have one size, so the gradient is the exact mean over the global batch. Where its norm is
+    not finite, which all ranks see alike, the weights are left as they are.
     """
     passes, before = job.plan.accumulation, counts.sums.clone()
+    parts = passes * (1 if job.reducer is None else job.reducer.ranks)
     begin(job)
     for i in range(passes):
         pixels, labels = to_device(next(stream), job.device)
@@ -92,7 +93,7 @@ def train_step(job: Job, stream: Iterator[Batch], step: int, counts: Counts, clo
             loss = cross_entropy(logits, labels, job.label_smoothing)
         if job.reducer is not None:
             job.reducer.last_pass = i == passes - 1
-        job.scaler.scale(loss / passes).backward()
+        job.scaler.scale(loss / parts).backward()
         counts.add(loss, logits, labels)
     if job.reducer is not None:
         with clock.communicating():

@@ -24,6 +24,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--data.workers", type=int | None, default=None, help="loader processes per rank")
     parser.add_argument("--batch", type=int, default=64, help="images per forward pass")
     parser.add_argument("--device", type=Literal["auto", "cpu", "cuda"], default="auto", help="where to compute")
+    parser.add_argument("--backend", type=Literal["horovod", "torch"], default="horovod", help="as comm.backend")
     formats = Literal["auto", "fp32", "bf16", "fp16"]
     parser.add_argument("--precision", type=formats, default="auto", help="number format")
     try:
@@ -47,7 +48,7 @@ def main(argv: list[str] | None = None) -> None:
             facts = {"loss": scores.loss, "top1": scores.top1, "top5": scores.top5, "count": scores.images}
             print(json.dumps(facts), flush=True)
 
-    launch.as_job(lambda: ranks.start(cpu=given["device"] != "cuda", deterministic=False), act)
+    launch.as_job(lambda: ranks.start(cpu=given["device"] != "cuda", backend=ranks.Backend(given["backend"])), act)
 
 
 if __name__ == "__main__":

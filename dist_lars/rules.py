@@ -27,9 +27,11 @@ def check(c: "Config") -> None:
         "optim.weight_decay": c.optim.weight_decay,
         "schedule.warmup_epochs": c.schedule.warmup_epochs, "schedule.start_lr": c.schedule.start_lr,
         "schedule.end_lr": c.schedule.end_lr, "guard.max_skips": c.guard.max_skips,
+        "comm.fusion_mb": c.comm.fusion_mb or 0, "comm.cache": c.comm.cache or 0,
     }  # fmt: skip
     positive = {
         "schedule.base_lr": c.schedule.base_lr, "comm.bucket_mb": c.comm.bucket_mb,
+        "comm.cycle_ms": 1.0 if c.comm.cycle_ms is None else c.comm.cycle_ms,
         "schedule.power": c.schedule.power, "optim.trust_coefficient": c.optim.trust_coefficient,
         "optim.lr": 1.0 if c.optim.lr is None else c.optim.lr, "optim.bias_lr_scale": c.optim.bias_lr_scale,
         "model.fc_std": 1.0 if c.model.fc_std is None else c.model.fc_std,
@@ -53,11 +55,20 @@ def check(c: "Config") -> None:
             f"data.resize {c.data.resize} is smaller than data.image_size {c.data.image_size}: validation "
             f"cannot crop what is not there; use --data.resize {round(c.data.image_size * 8 / 7)}"
         )
+    _only_horovods(c)
     if c.schedule.warmup_epochs > c.epochs:
         raise UserError(
             f"schedule.warmup_epochs {c.schedule.warmup_epochs:g} is longer than epochs {c.epochs}: the peak learning "
             f"rate would never be reached; use --schedule.warmup_epochs {c.epochs / 10:g}"
         )
+
+
+def _only_horovods(c: "Config") -> None:
+    knobs = {"cycle_ms": c.comm.cycle_ms, "fusion_mb": c.comm.fusion_mb, "cache": c.comm.cache,
+             "hierarchical": c.comm.hierarchical}  # fmt: skip
+    idle = [f"comm.{name}" for name, value in knobs.items() if value is not None]
+    if c.comm.backend == "torch" and idle:
+        raise UserError(f"{', '.join(idle)} is a knob of Horovod's: leave it out with comm.backend torch")
 
 
 def _require(values: Mapping[str, float], rule: Callable[[float], bool], text: str) -> None:

@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from dist_lars import checkpoint
-from dist_lars.config import Config, as_flat, differences, flat_yaml, to_yaml
+from dist_lars.config import Config, as_flat, flat_yaml, to_yaml
+from dist_lars.continuation import differences
 from dist_lars.errors import UserError
 from dist_lars.locks import lock
 

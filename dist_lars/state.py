@@ -10,7 +10,8 @@ from torch import nn
 
 from dist_lars import checkpoint
 from dist_lars import comm as ranks
-from dist_lars.config import Config, as_flat, differences, plain
+from dist_lars.config import Config, as_flat, plain
+from dist_lars.continuation import differences
 from dist_lars.engine import Job
 from dist_lars.errors import UserError
 from dist_lars.metrics import Counts

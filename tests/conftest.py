@@ -65,16 +65,27 @@ LAUNCHERS = {
     "horovodrun": ("horovodrun", "-np"),
     "gloo": ("horovodrun", "--gloo", "-np"),
 }
+TORCHRUN = ("torchrun", "--standalone", "--no-python", "--nproc-per-node")
+# Every way to carry gradients: (launcher, comm.backend).
+CARRIERS = {
+    "horovod by MPI": (LAUNCHERS["mpirun"], "horovod"),
+    "horovod by gloo": (LAUNCHERS["gloo"], "horovod"),
+    "torch under torchrun": (TORCHRUN, "torch"),
+    "torch under mpirun": (LAUNCHERS["mpirun"], "torch"),
+}
 
 
 def start_ranks(folder: Path, np: int, worker: str, *args: str, timeout: float = 120, launcher: str = "mpirun",
-                **extra: str) -> list[dict[str, Any]]:  # fmt: skip
+                carrier: str | None = None, **extra: str) -> list[dict[str, Any]]:  # fmt: skip
     """Run WORKER on real ranks and return one dict per rank, as the worker wrote it.
 
-    A worker calls `finish(rank, {...})` of tests/parallel/worker_tools.py, which writes $DIST_LARS_TEST_OUT/rankN.json.
+    A worker joins by `join()` and calls `finish(rank, {...})` of tests/parallel/worker_tools.py, which writes
+    $DIST_LARS_TEST_OUT/rankN.json. `carrier`, a key of CARRIERS, stands for launcher and backend.
     """
-    words = [*LAUNCHERS[launcher], str(np), sys.executable, str(ROOT / worker), *args]
-    done = run_command(words, timeout, cwd=folder, DIST_LARS_TEST_OUT=str(folder), **extra)
+    start, backend = CARRIERS[carrier] if carrier else (LAUNCHERS[launcher], "horovod")
+    words = [*start, str(np), sys.executable, str(ROOT / worker), *args]
+    extra |= {"DIST_LARS_TEST_OUT": str(folder), "DIST_LARS_TEST_BACKEND": backend}
+    done = run_command(words, timeout, cwd=folder, **extra)
     assert done.returncode == 0, f"{' '.join(words)} ended with {done.returncode}\n{done.stdout[-5000:]}"
     return [json.loads((folder / f"rank{r}.json").read_text()) for r in range(np)]
 

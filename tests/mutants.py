@@ -36,7 +36,8 @@ LAMB, GROUPS, BUILD = (f"dist_lars/optim/{name}.py" for name in ("lamb", "groups
 GOLDEN = "tests/unit/test_lars.py::test_golden_steps"
 ORACLE = "tests/unit/test_lars.py::test_multi_tensor_path_equals_the_oracle"
 FUSED_ORACLE = "tests/unit/test_lars.py::test_fused_path_equals_the_oracle"
-ENGINE, COMM, EQUIVALENCE = "dist_lars/engine.py", "dist_lars/comm.py", "tests/parallel/test_equivalence.py"
+ENGINE, COMM, EQUIVALENCE = "dist_lars/engine.py", "dist_lars/comm/together.py", "tests/parallel/test_equivalence.py"
+BACKENDS, HOROVOD = "tests/parallel/test_backends.py", "dist_lars/comm/horovod_comm.py"
 DEFECTS, TORCH = "tests/unit/test_lars_defects.py", "tests/unit/test_lars_torch.py"
 MODELS, ALEXNET = "tests/unit/test_models.py", "dist_lars/models/alexnet.py"
 
@@ -100,17 +101,25 @@ MUTANTS = [
     Mutant("benchmarks/record.py", "np.asarray(values, dtype=np.float64) / np.asarray(base, dtype=np.float64)", "np.asarray(values, dtype=np.float64) / np.median(base)", "tests/unit/test_record.py::test_ratios_are_taken_round_by_round"),
     Mutant("benchmarks/record.py", "and not PRIVATE.search(k)", "", "tests/unit/test_record.py::test_record_is_read_back_and_says_where_it_was_measured"),
     # The trainer.
-    Mutant(ENGINE, "job.scaler.scale(loss / passes)", "job.scaler.scale(loss)", f"{EQUIVALENCE}::test_ranks_times_passes_do_not_matter"),
+    Mutant(ENGINE, "job.scaler.scale(loss / parts)", "job.scaler.scale(loss)", f"{EQUIVALENCE}::test_ranks_times_passes_do_not_matter"),
     Mutant(ENGINE, "job.comm.rank * passes + i)", "i)", f"{EQUIVALENCE}::test_ranks_times_passes_do_not_matter"),
     Mutant(ENGINE, "    if math.isfinite(norm) or", "    if True or", "tests/unit/test_guards.py::test_a_gradient_that_is_not_finite_changes_nothing"),
     Mutant(ENGINE, "        counts.sums.copy_(before)", "        pass", "tests/unit/test_guards.py::test_a_gradient_that_is_not_finite_changes_nothing"),
-    Mutant(ENGINE, "    if values[\"count\"] != expected:", "    if False:", "tests/parallel/test_comm.py::test_missing_images_are_an_error"),
-    Mutant(COMM, "allreduce_async_(flat, name=name, op=self.hvd.Average)", "allreduce_async_(flat, name=name, op=self.hvd.Sum)", f"{EQUIVALENCE}::test_ranks_times_passes_do_not_matter"),
+    Mutant(ENGINE, '    if values["count"] + sums["left_out"] != expected:', "    if False:", "tests/parallel/test_comm.py::test_missing_images_are_an_error"),
+    Mutant(ENGINE, "(1 if job.reducer is None else job.reducer.ranks)", "1", f"{EQUIVALENCE}::test_ranks_times_passes_do_not_matter"),
+    Mutant(HOROVOD, "        whole = pad(flat, (0, -flat.numel() % hvd.size()))", "        whole = pad(flat, (0, -flat.numel() % 2))", f"{BACKENDS}::test_what_the_wire_rounds"),
+    Mutant(HOROVOD, "shares.float().sum(0).bfloat16()", "shares[0]", f"{BACKENDS}::test_what_the_wire_rounds"),
+    Mutant("dist_lars/comm/torch_comm.py", "            flat.div_(self.size)\n", "", f"{BACKENDS}::test_the_same_weights_and_losses_as_alone"),
+    Mutant("dist_lars/comm/torch_comm.py", "return dist.all_reduce(flat, async_op=True)\n", "return dist.all_reduce(flat[1:], async_op=True)\n", f"{BACKENDS}::test_the_same_weights_and_losses_as_alone"),
+    Mutant("dist_lars/reducer.py", "            if bucket.missing:\n                return\n", "            if bucket.missing:\n                continue\n", "tests/unit/test_reducer.py::test_buckets_start_in_the_same_order_whatever_arrives_first"),
+    Mutant("dist_lars/reducer.py", "    return len(group) == 1 and", "    return False and", "tests/unit/test_reducer.py::test_a_large_gradient_is_sent_from_where_it_lies"),
+    Mutant("dist_lars/launchers.py", 'next((name for name, v in LAUNCHERS.items() if', 'next((name for name, v in reversed(LAUNCHERS.items()) if', "tests/unit/test_launchers.py::test_the_place_of_a_rank"),
+    Mutant("dist_lars/continuation.py", '"comm.backend", ', "", "tests/launch/test_backends.py::test_a_run_goes_on_with_the_other_backend"),
     Mutant(COMM, '    comm.average_(mean, "buffers")\n', "", f"{EQUIVALENCE}::test_batchnorm_buffers_are_each_ranks_own_and_their_mean_evaluates"),
     Mutant(COMM, "        unpack(own, buffers)\n", "        pass\n", f"{EQUIVALENCE}::test_batchnorm_buffers_are_each_ranks_own_and_their_mean_evaluates"),
     Mutant(COMM, "    if len(set(digests)) == 1:", "    if True:", "tests/parallel/test_comm.py::test_refusals_reach_every_rank"),
-    Mutant(COMM, "    if seen != expected:", "    if False:", "tests/unit/test_comm.py::test_tasks_that_are_separate_jobs_are_stopped"),
-    Mutant("dist_lars/reducer.py", "                    if p.grad is not view:\n                        view.zero_()", "                    if False:\n                        view.zero_()", "tests/unit/test_reducer.py::test_a_parameter_without_gradient_counts_as_zero"),
+    Mutant("dist_lars/comm/start.py", "    if seen != expected:", "    if False:", "tests/unit/test_comm.py::test_tasks_that_are_separate_jobs_are_stopped"),
+    Mutant("dist_lars/reducer.py", "p.grad = torch.zeros_like(p)", "p.grad = torch.ones_like(p)", "tests/unit/test_reducer.py::test_a_parameter_without_gradient_counts_as_zero"),
     Mutant("dist_lars/reducer.py", "piece.as_strided(p.shape, p.stride(), piece.storage_offset())", "piece.view(p.shape)", "tests/unit/test_reducer.py::test_gradients_have_the_layout_of_their_parameters"),
     Mutant("dist_lars/reducer.py", "            if self.last_pass:", "            if True:", "tests/unit/test_reducer.py::test_passes_accumulate_and_the_last_one_starts_the_sums"),
     Mutant("dist_lars/schedule.py", "(step + 1) / rate.warmup_steps", "step / rate.warmup_steps", "tests/unit/test_schedule.py::test_rate_at_its_corners"),

@@ -15,9 +15,10 @@ import pytest
 from PIL import Image
 
 from dist_lars import checkpoint, runlog
-from tests.conftest import LAUNCHERS, ROOT, environment
+from tests.conftest import LAUNCHERS, ROOT, TORCHRUN, environment
 
 ROWS: list[tuple[str, str, float, str]] = []
+WORKER = str(ROOT / "tests" / "faults" / "worker.py")
 EPOCHS, STEPS = 6, 8  # of the job that is broken: 48 steps, each a few hundredths of a second
 
 
@@ -44,8 +45,8 @@ class Job:
         phases = self.folder / "phases"
         phases.mkdir(parents=True, exist_ok=True)
         words = [
-            *LAUNCHERS[self.launcher], str(self.ranks), sys.executable, str(ROOT / "tests" / "faults" / "worker.py"),
-            fault, str(rank), str(step), *OPTIONS, "--data.path", str(self.images), "--run_dir", str(self.run_dir),
+            *{**LAUNCHERS, "torchrun": TORCHRUN}[self.launcher], str(self.ranks), sys.executable, WORKER, fault,
+            str(rank), str(step), *OPTIONS, "--data.path", str(self.images), "--run_dir", str(self.run_dir),
             *self.options,
         ]  # fmt: skip
         self.log = (self.folder / "output.txt").open("a+")

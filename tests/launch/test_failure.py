@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from tests.conftest import LAUNCHERS, ROOT
+from tests.conftest import CARRIERS, LAUNCHERS, ROOT
 
 pytestmark = pytest.mark.launch
 WORKER = str(ROOT / "tests" / "launch" / "worker_raise.py")
@@ -17,12 +17,16 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("launcher", list(LAUNCHERS))
+JOBS = {**CARRIERS, "horovodrun": (LAUNCHERS["horovodrun"], "horovod")}
+
+
+@pytest.mark.parametrize("job", list(JOBS))
 @pytest.mark.parametrize("how", list(CASES))
-def test_one_failing_rank_ends_the_job(command, launcher, how):
+def test_one_failing_rank_ends_the_job(command, job, how):
     who, message = CASES[how]
+    launcher, backend = JOBS[job]
     before = time.monotonic()
-    done = command(*LAUNCHERS[launcher], "2", sys.executable, WORKER, how, str(who), timeout=60)
+    done = command(*launcher, "2", sys.executable, WORKER, how, str(who), timeout=60, DIST_LARS_TEST_BACKEND=backend)
     assert time.monotonic() - before < 30
     assert done.returncode != 0
     assert re.search(message, done.stdout), done.stdout[-3000:]

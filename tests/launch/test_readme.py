@@ -46,12 +46,22 @@ def test_the_quick_commands_run(line, command):
     assert command(sys.executable, *words[1:]).returncode == 0
 
 
-@pytest.mark.parametrize(
-    "name", sorted(set(re.findall(r"--([a-z_]+(?:\.[a-z_]+)?)\b", README.split("## Training")[1])))
-)
+OPTION = r"--([a-z_]+(?:\.[a-z_]+)?)\b"
+BENCHMARK = r"python -m benchmarks\.(\w+)([^`\n]*)"
+OTHERS_TAKEN_OUT = re.sub(rf"{BENCHMARK}|torchrun --nproc-per-node", "", README.split("## Training")[1])
+
+
+@pytest.mark.parametrize("name", sorted(set(re.findall(OPTION, OTHERS_TAKEN_OUT))))
 def test_the_option_exists(name):
     others = {"help", "preset", "config", "dry_run", "world_size", "json", "list_presets", "gloo", "checkpoint", "size"}
     assert name in LEAVES or name in others
+
+
+@pytest.mark.parametrize(("module", "words"), sorted(set(re.findall(BENCHMARK, README))))
+def test_the_benchmark_has_these_options(module, words):
+    source = (ROOT / "benchmarks" / f"{module}.py").read_text()
+    for name in re.findall(OPTION, words):
+        assert f'"--{name}"' in source, f"benchmarks.{module} has no --{name}"
 
 
 @pytest.mark.parametrize("module", sorted(set(re.findall(r"python -m (dist_lars\.\w+)", README))))

@@ -6,10 +6,21 @@ pytestmark = pytest.mark.parallel
 WORKER = "tests/parallel/worker_comm.py"
 
 
-@pytest.fixture(scope="module", params=[(1, "mpirun"), (2, "mpirun"), (3, "gloo"), (4, "mpirun")], ids=str)
+RUNS = [
+    (1, "horovod by MPI"),
+    (2, "horovod by MPI"),
+    (3, "horovod by gloo"),
+    (4, "horovod by MPI"),
+    (1, "torch under torchrun"),
+    (2, "torch under mpirun"),
+    (3, "torch under torchrun"),
+]
+
+
+@pytest.fixture(scope="module", params=RUNS, ids=lambda p: f"{p[0]} {p[1]}")
 def run(request, launch_once):
-    size, launcher = request.param
-    return launch_once(size, WORKER, "--wrap", launcher=launcher)
+    size, carrier = request.param
+    return launch_once(size, WORKER, *["--wrap"] * carrier.startswith("horovod"), carrier=carrier)
 
 
 def test_sizes_and_collectives(run):
@@ -50,6 +61,8 @@ def test_missing_images_are_an_error(run):
 
 def test_horovods_wrapper_keeps_every_option(run):
     for got in run:
+        if "wrapped" not in got:
+            continue
         before, after = got["wrapped"]
         assert before == after
         assert before[0]["trust_coefficient"] == 0.02

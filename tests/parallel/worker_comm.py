@@ -10,7 +10,7 @@ from dist_lars import data, engine
 from dist_lars.errors import UserError
 from dist_lars.optim import LARS
 from dist_lars.run import Run  # noqa: F401  (the whole trainer imports under MPI)
-from tests.parallel.worker_tools import finish
+from tests.parallel.worker_tools import finish, join
 
 
 def error_of(action) -> str:
@@ -42,7 +42,7 @@ def evaluation(comm: ranks.Comm, n: int) -> dict:
 
 def main() -> None:
     torch.set_num_threads(1)
-    comm = ranks.start(cpu=True, deterministic=False)
+    comm = join()
     r, n = comm.rank, comm.size
     flat = torch.arange(4.0) + r
     comm.average_(flat, "flat")

@@ -14,7 +14,7 @@ from dist_lars.data import TrainOrder
 from dist_lars.guards import tensor_sums
 from dist_lars.metrics import Counts
 from dist_lars.plan import make_plan
-from tests.parallel.worker_tools import finish
+from tests.parallel.worker_tools import finish, join
 
 IMAGES, BATCH, MICRO = 130, 24, 2  # 12 micro-batches a step: 1, 2, 3 and 4 ranks divide them
 
@@ -93,7 +93,7 @@ def train(kind: str, comm: ranks.Comm, steps: int, clip: float | None = None) ->
 def main() -> None:
     torch.set_num_threads(1)
     alone = len(sys.argv) > 1 and sys.argv[1] == "alone"
-    comm = ranks.LocalComm() if alone else ranks.start(cpu=True, deterministic=True)
+    comm = ranks.LocalComm() if alone else join(deterministic=True)
     result = {
         "plain": train("plain", comm, 5),
         "clipped": train("plain", comm, 5, clip=0.1),

@@ -14,7 +14,7 @@ from dist_lars.cli import load_config
 from dist_lars.guards import tensor_sums
 from dist_lars.metrics import Counts
 from dist_lars.plan import make_plan
-from tests.parallel.worker_tools import finish
+from tests.parallel.worker_tools import finish, join
 
 NETS = {
     "alexnet": {"model.bias_init": 0.1, "optim.law": "paper", "optim.lr": 2.0},
@@ -100,7 +100,7 @@ def switched_on(comm: ranks.Comm) -> dict[str, Any]:
 
 def main() -> None:
     torch.set_num_threads(1)
-    comm = ranks.start(cpu=True, deterministic=True)
+    comm = join(deterministic=True)
     parts = {"nets": lambda c: {name: three_steps(name, c) for name in NETS}, "resume": resumed, "ema": switched_on}
     finish(comm.rank, parts[sys.argv[-1]](comm))
     comm.close()

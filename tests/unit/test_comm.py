@@ -1,33 +1,55 @@
 """Who counts the ranks, and what happens when the launcher and Horovod disagree."""
 
+import os
+from types import SimpleNamespace
+
 import pytest
 import torch
 
-from dist_lars.comm import LocalComm, averaged_buffers, check_ranks, expected_ranks, on_first_rank, pack, unpack
+from dist_lars.comm import Backend, LocalComm, averaged_buffers, check_ranks, on_first_rank, pack, start, unpack
+from dist_lars.comm.torch_comm import slurm_port
 from dist_lars.errors import UserError
 from dist_lars.resources import pick_autocast, pick_device, share_cores
-
-
-@pytest.mark.parametrize(
-    ("environment", "expected"),
-    [
-        ({}, None),
-        ({"SLURM_NTASKS": "8"}, None),  # the allocation's size: a single process inside it is no mistake
-        ({"OMPI_COMM_WORLD_SIZE": "4"}, 4),
-        ({"HOROVOD_SIZE": "3"}, 3),
-        ({"SLURM_STEP_NUM_TASKS": "2"}, 2),
-        ({"SLURM_STEP_NUM_TASKS": "1", "OMPI_COMM_WORLD_SIZE": "4"}, 4),  # mpirun inside a batch step
-        ({"DIST_LARS_RANKS": "16", "OMPI_COMM_WORLD_SIZE": "4"}, 16),  # the launch line has the last word
-    ],
-)
-def test_the_launcher_says_how_many_ranks_there_are(environment, expected):
-    assert expected_ranks(environment)[0] == expected
 
 
 def test_tasks_that_are_separate_jobs_are_stopped():
     check_ranks(4, 4, "OMPI_COMM_WORLD_SIZE")
     with pytest.raises(UserError, match=r"SLURM_STEP_NUM_TASKS=64 .* Horovod sees 1 .*separate jobs.*--mpi=pmix"):
         check_ranks(1, 64, "SLURM_STEP_NUM_TASKS")
+
+
+def test_what_is_asked_for_beats_the_environment_and_that_the_defaults(monkeypatch):
+    """Of Horovod's knobs, as it will read them when it starts."""
+
+    class Two:  # stands in for Horovod, which would want two processes
+        size = 2
+
+    monkeypatch.setattr("dist_lars.comm.horovod_comm.HorovodComm", Two)
+    monkeypatch.setattr(os, "environ", {"OMPI_COMM_WORLD_SIZE": "2", "HOROVOD_CYCLE_TIME": "3"})
+    start(cpu=True)
+    assert os.environ["HOROVOD_CYCLE_TIME"] == "3"
+    assert os.environ["HOROVOD_FUSION_THRESHOLD"] == "0"
+    assert os.environ["HOROVOD_STALL_SHUTDOWN_TIME_SECONDS"] == "600"
+    start(cpu=True, backend=Backend(cycle_ms=20.0, fusion_mb=64.0, cache=0, hierarchical=True))
+    assert {k: v for k, v in os.environ.items() if k.startswith("HOROVOD") and "STALL" not in k} == {
+        "HOROVOD_CYCLE_TIME": "20", "HOROVOD_FUSION_THRESHOLD": "67108864", "HOROVOD_CACHE_CAPACITY": "0",
+        "HOROVOD_HIERARCHICAL_ALLREDUCE": "1",
+    }  # fmt: skip
+
+
+def test_gpus_keep_horovods_own_pace(monkeypatch):
+    monkeypatch.setattr("dist_lars.comm.horovod_comm.HorovodComm", lambda: SimpleNamespace(size=2))
+    monkeypatch.setattr(os, "environ", {"OMPI_COMM_WORLD_SIZE": "2"})
+    start(cpu=False)
+    assert not {"HOROVOD_CYCLE_TIME", "HOROVOD_FUSION_THRESHOLD"} & set(os.environ)
+    start(cpu=False, backend=Backend(deterministic=True))
+    assert os.environ["HOROVOD_FUSION_THRESHOLD"] == "0"
+
+
+def test_tasks_of_a_job_step_agree_on_a_port():
+    ports = {slurm_port({"SLURM_JOB_ID": str(job), "SLURM_STEP_ID": str(step)}) for job in (7, 8) for step in (0, 1)}
+    assert len(ports) == 4
+    assert all(12_000 <= slurm_port({"SLURM_JOB_ID": str(n)}) < 32_000 for n in (1, 10**6, 2**31 - 1))
 
 
 def test_an_error_on_the_first_rank_is_everyones():

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from dist_lars import models, optim
 from dist_lars.cli import load_config, make_parser, parse, preset_names
-from dist_lars.config import LEAVES, Config, as_flat, differences, flat_yaml, from_flat, to_yaml
+from dist_lars.config import LEAVES, Config, as_flat, flat_yaml, from_flat, to_yaml
+from dist_lars.continuation import differences
 from dist_lars.errors import UserError
 from dist_lars.plan import make_plan
 
@@ -149,3 +150,15 @@ def test_planning_imports_neither_torch_nor_horovod():
     *plan, heavy = out.strip().splitlines()
     assert heavy == "[]"
     assert yaml.safe_load("\n".join(plan))["steps_per_epoch"] == 156
+
+
+def test_a_run_of_before_an_option_existed_goes_on_with_its_default():
+    now = as_flat(Config())
+    before = {k: v for k, v in now.items() if k != "comm.wire"}
+    assert differences(before, now) == []
+    assert differences(before, {**now, "comm.wire": "bf16"}) == ["comm.wire: fp32 -> bf16"]
+
+
+def test_the_backend_and_its_knobs_may_change_between_two_starts():
+    other = {"comm.backend": "torch", "comm.bucket_mb": 5.0, "comm.cycle_ms": 3.0, "comm.hierarchical": True}
+    assert differences(as_flat(Config()), as_flat(Config()) | other) == []

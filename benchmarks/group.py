@@ -1,0 +1,187 @@
+"""Groups of real ranks that live side by side and take turns, so that a disturbed machine disturbs all of them.
+
+A group is one job of `benchmarks.worker`, started by the launcher at hand. Its ranks connect back to this process and
+wait for what to do; those that wait are stopped by a signal where they run on this host, for Horovod's background
+threads never rest. Nothing of a group outlives this process.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from multiprocessing.connection import Connection, Listener, wait
+from pathlib import Path
+from typing import IO, Any
+
+ROOT = Path(__file__).parent.parent
+BIN = Path(sys.executable).parent  # not resolved: the environment's own bin, where mpirun and horovodrun lie
+SECONDS = 300.0  # for a group to start, or to answer beyond what its work takes
+
+
+class GroupFailed(RuntimeError):
+    """A group ended or went silent; the text ends with what it said."""
+
+
+def start_words(launcher: str, ranks: int, names: Iterable[str] = ()) -> list[str]:
+    """What starts `ranks` copies of the command that follows; the named variables reach them on every host."""
+    if launcher == "srun":
+        per_node = min(ranks, int(os.environ.get("SLURM_NTASKS_PER_NODE") or ranks))
+        return ["srun", "--overlap", f"--nodes={-(-ranks // per_node)}", f"--ntasks={ranks}",
+                f"--ntasks-per-node={per_node}", f"--mpi={os.environ.get('MPI_TYPE', 'pmix')}", "--gpu-bind=none",
+                "--kill-on-bad-exit=1"]  # fmt: skip
+    passed = [word for name in ("PATH", "PYTHONPATH", "OMP_NUM_THREADS", *names) for word in ("-x", name)]
+    words = {
+        "mpirun": [_own("mpirun"), "--bind-to", "none", "--map-by", ":OVERSUBSCRIBE", *passed, "-np"],
+        "horovodrun": [_own("horovodrun"), "-np"],
+        "gloo": [_own("horovodrun"), "--gloo", "-np"],
+    }
+    return [*words[launcher], str(ranks)]
+
+
+def _own(name: str) -> str:
+    return str(BIN / name) if (BIN / name).exists() else name
+
+
+def launcher_at_hand() -> str:
+    """srun inside an allocation, else mpirun."""
+    return "srun" if os.environ.get("SLURM_JOB_ID") and shutil.which("srun") else "mpirun"
+
+
+def environment(**extra: str) -> dict[str, str]:
+    """What the ranks see: the environment's programs first, this source tree, and one thread each unless told."""
+    env = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": str(ROOT)}
+    env["PATH"] = f"{BIN}:{env.get('PATH', '')}"
+    if os.geteuid() == 0:  # Open MPI refuses root without these
+        env |= {f"{who}_ALLOW_RUN_AS_ROOT{what}": "1" for who in ("OMPI", "PRTE") for what in ("", "_CONFIRM")}
+    return env | extra
+
+
+class Group:
+    """`ranks` processes that run `job`, a dictionary for `benchmarks.worker`."""
+
+    def __init__(self, job: Mapping[str, Any], ranks: int, launcher: str, **extra: str) -> None:
+        self.ranks = ranks
+        self.output: IO[str] = tempfile.TemporaryFile("w+")  # noqa: SIM115  lives as long as the group
+        key = secrets.token_hex(16)
+        own = "" if "SLURM_JOB_ID" in os.environ else "127.0.0.1"
+        with Listener((own, 0), backlog=ranks, authkey=key.encode()) as listener:
+            port = listener.address[1]
+            where = own or socket.gethostname()
+            told = {"BENCHMARK_HOST": where, "BENCHMARK_PORT": str(port), "BENCHMARK_KEY": key, **extra}
+            self.words = start_words(launcher, ranks, told)
+            self.process = subprocess.Popen(
+                [*self.words, sys.executable, "-m", "benchmarks.worker", json.dumps(dict(job))],
+                env=environment(**told), stdout=self.output, stderr=subprocess.STDOUT, cwd=ROOT,
+                preexec_fn=die_with_parent,
+            )  # fmt: skip
+            self.connections: dict[Any, Connection] = {}
+            while len(self.connections) < ranks:
+                connection = self._accept(listener)
+                self.connections[connection.recv()] = connection
+        self.facts = self._gather(SECONDS)
+        here = socket.gethostname()
+        self.local = [f["pid"] for f in self.facts if f["host"] == here] if len(self.hosts()) == 1 else []
+        self._signal(signal.SIGSTOP)
+
+    def hosts(self) -> list[int]:
+        """How many ranks run on each host."""
+        names = [f["host"] for f in self.facts]
+        return [names.count(name) for name in dict.fromkeys(names)]
+
+    def do(self, work: Any, seconds: float = 0.0) -> list[Any]:
+        """Let all ranks do `work`, which takes up to `seconds`; their answers in order of rank."""
+        self._signal(signal.SIGCONT)
+        try:
+            for connection in self.connections.values():
+                connection.send(work)
+            return self._gather(seconds + SECONDS)
+        except (EOFError, OSError) as e:
+            raise self._failed("lost a rank") from e
+        finally:
+            self._signal(signal.SIGSTOP)
+
+    def close(self) -> None:
+        """End the ranks."""
+        self._signal(signal.SIGCONT)
+        for connection in self.connections.values():
+            try:
+                connection.send(None)
+            except OSError:
+                continue  # it has gone already
+        try:
+            self.process.wait(30)
+        except subprocess.TimeoutExpired:
+            self.process.terminate()
+            self.process.wait(30)
+        self.output.close()
+
+    def _accept(self, listener: Listener) -> Connection:
+        listener._listener._socket.settimeout(1.0)  # type: ignore[attr-defined]  Listener has no public time-out
+        for _ in range(int(SECONDS)):
+            try:
+                return listener.accept()
+            except TimeoutError:
+                if self.process.poll() is not None:
+                    raise self._failed(f"ended with {self.process.returncode} at the start") from None
+        raise self._failed(f"did not start within {SECONDS:.0f} s")
+
+    def _gather(self, seconds: float) -> list[Any]:
+        answers: dict[int, Any] = {}
+        while len(answers) < self.ranks:
+            ready = wait([c for r, c in self.connections.items() if r not in answers], timeout=seconds)
+            if not ready:
+                raise self._failed(f"said nothing for {seconds:.0f} s")
+            for rank, connection in self.connections.items():
+                if connection in ready:
+                    try:
+                        answers[rank] = connection.recv()
+                    except (EOFError, OSError) as e:
+                        raise self._failed(f"lost rank {rank}") from e
+        return [answers[rank] for rank in sorted(answers)]
+
+    def _signal(self, number: int) -> None:
+        for pid in getattr(self, "local", []):
+            try:
+                os.kill(pid, number)
+            except ProcessLookupError:
+                continue
+
+    def _failed(self, what: str) -> GroupFailed:
+        self._signal(signal.SIGCONT)
+        self.process.kill()
+        self.process.wait()
+        self.output.seek(0)
+        return GroupFailed(f"{' '.join(self.words)}: {what}\n{self.output.read()[-3000:]}")
+
+
+def die_with_parent() -> None:
+    """Ask Linux to kill this process when its parent has gone, even while it is stopped."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
+def in_turn(
+    groups: Mapping[str, Group], work: Callable[[str], Any], rounds: int, done: Callable[[str, list[Any]], None],
+    enough: Callable[[], bool],
+) -> int:  # fmt: skip
+    """Give every group its work, round by round, at least twice and until `enough()`; how many rounds there were."""
+    for turn in range(rounds):
+        for name, group in groups.items():
+            done(name, group.do(work(name)))
+        if turn and enough():
+            return turn + 1
+    return rounds
+
+
+def close_all(groups: Sequence[Group]) -> None:
+    """End all groups, also after an error of one."""
+    for group in groups:
+        group.close()

@@ -1,0 +1,196 @@
+"""Images/s and efficiency over numbers of ranks, and where the time of a step goes.
+
+    python -m benchmarks.scaling --ranks 1,2,4 --model resnet18 --mode weak
+    python -m benchmarks.scaling --compare before.json after.json
+
+Ranks are started by srun inside an allocation, else by mpirun, and train through the trainer's own engine. All groups
+live side by side and take turns of a few steps, so that every number of one round was taken within seconds of the
+others; ratios are taken round by round. Definitions:
+
+- The slowest rank is the step. images/s = images of all ranks / sum of these steps, without warm-up.
+- Efficiency against 1 rank: images/s(N) / (N x images/s(1)); against 1 node: the same from the largest number of
+  ranks that one host holds. Weak: `--batch` images per rank and pass; strong: `--batch` images over all ranks.
+- Ceiling: N independent trainings at the same time on the same cores, their images/s added up. What a machine loses
+  by sharing memory and power is lost there, too; what is missing to it is communication.
+- Exposed communication: the median step minus that of the independent ranks. `wait` is the part of it that comes
+  after backward.
+- Intervals: bootstrap of the median over rounds, 95 %. Straggler ratio: 99th percentile of the steps / median.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks import record, show
+from benchmarks.group import Group, close_all, in_turn, launcher_at_hand
+from benchmarks.scaling_results import PARTS, Case, Measured, compare, recipe, split_rows, table
+
+CARRIERS = {"horovod": None, "horovod-gloo": "gloo", "torch": None, "ddp": None, "none": None}  # -> launcher it needs
+COLUMNS = ("ranks", "carrier", "data", "wire", "passes", "images/s", "low", "high", "of 1 rank", "of 1 node",
+           "of ceiling", "c low", "c high", "p99/median", "hours", "node-hours")  # fmt: skip
+
+
+def make_cases(ranks: Sequence[int], carriers: Sequence[str], wires: Sequence[str], passes: Sequence[int],
+               real: bool) -> list[Case]:  # fmt: skip
+    """Every number of ranks with every carrier; then, for the first carrier at the most ranks, one thing at a time."""
+    many = max(ranks)
+    found = [Case(1, "none")]
+    for n in sorted(set(ranks) - {1}):
+        found += [Case(n, "none"), *(Case(n, carrier) for carrier in carriers)]
+    if many > 1:
+        found += [Case(many, carriers[0], wire=wire) for wire in wires if wire != "fp32"]
+        for p in passes:
+            if p != 1:
+                found += [Case(many, "none", passes=p), Case(many, carriers[0], passes=p)]
+    if real:
+        found += [Case(1, "none", data="real"), Case(many, "none", data="real"), Case(many, carriers[0], data="real")]
+    return list(dict.fromkeys(found))
+
+
+def main() -> None:
+    """Measure and record, or compare two records."""
+    args = parse()
+    if args.compare:
+        print(show.markdown(compare(*(json.loads(Path(p).read_text()) for p in args.compare))))
+        return
+    cases = make_cases(args.ranks, args.carriers, args.wire, args.accumulation, args.images is not None)
+    groups: dict[str, Group] = {}
+    measured = {case.key(): Measured(case, batch_of(args, case)) for case in cases}
+    try:
+        for case in cases:
+            print(f"starting {case.key()} ...", flush=True)
+            groups[case.key()] = start_group(args, case)
+        turns = measure(groups, measured, args)
+        facts = next(iter(groups.values())).facts[0]
+        hosts = {f"{case.ranks} ranks": groups[case.key()].hosts() for case in cases if case.passes == 1}
+    finally:
+        close_all(list(groups.values()))
+    rows = table(measured, args, hosts)
+    print(show.markdown(rows, [c for c in COLUMNS if any(row.get(c) is not None for row in rows)]))
+    split = split_rows(measured)
+    print(show.markdown(split))
+    raw = {f"{key} rank {r}": np.concatenate([b.sum(2)[r] for b in m.blocks]).tolist()
+           for key, m in measured.items() for r in range(m.case.ranks)}  # fmt: skip
+    path = record.write(
+        args.name or f"scaling_{args.model}", rows, raw, model=args.model, mode=args.mode, batch=args.batch,
+        image_size=args.image_size, rounds=turns, steps_per_round=args.steps, ranks_per_host=hosts,
+        device=facts["device"], threads_per_rank=facts["threads"], workers_per_rank=facts["workers"],
+        launcher=args.launcher, options=args.option, recipe=recipe(args), split=split,
+    )  # fmt: skip
+    draw(rows, path.with_suffix(".png"), args)
+    print(f"wrote {path.name} and its .png to benchmarks/records")
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    numbers = _list(int)
+    parser.add_argument("--ranks", type=numbers, default=[1, 2], help="e.g. 1,2,4")
+    parser.add_argument("--model", default="resnet18")
+    parser.add_argument("--mode", choices=("weak", "strong"), default="weak")
+    parser.add_argument("--batch", type=int, default=32, help="images per pass: of a rank (weak), of all (strong)")
+    parser.add_argument("--image_size", type=int, default=224)
+    parser.add_argument("--carriers", type=_list(str, CARRIERS), default=["horovod", "ddp"], help=", ".join(CARRIERS))
+    parser.add_argument("--wire", type=_list(str, ("fp32", "fp16", "bf16")), default=["fp32"], help="e.g. fp16,bf16")
+    parser.add_argument("--accumulation", type=numbers, default=[1], help="passes per step, e.g. 1,4,16")
+    parser.add_argument("--images", type=Path, help="also train on the images of this folder or these shards")
+    parser.add_argument("--steps", type=int, default=3, help="of one turn")
+    parser.add_argument("--seconds", type=float, default=300, help="for all turns together")
+    parser.add_argument("--rounds", type=int, default=1000, help="turns of each group at most")
+    parser.add_argument("--option", action="append", default=[], metavar="KEY=VALUE", help="of dist_lars.train")
+    parser.add_argument("--launcher", choices=("mpirun", "horovodrun", "srun"), default=launcher_at_hand())
+    parser.add_argument("--recipe", help="preset whose epochs are turned into hours (default: by model)")
+    parser.add_argument("--name", help="of the record")
+    parser.add_argument("--compare", nargs=2, metavar="RECORD", help="two records: what the second one changed")
+    return parser.parse_args()
+
+
+def _list(kind: type, allowed: Any = None) -> Callable[[str], list[Any]]:
+    def split(text: str) -> list[Any]:
+        values = [kind(word) for word in text.split(",")]
+        wrong = [v for v in values if allowed is not None and v not in allowed]
+        if wrong or not values:
+            raise argparse.ArgumentTypeError(f"{text!r}: choose from {', '.join(allowed)}")
+        return values
+
+    return split
+
+
+def batch_of(args: argparse.Namespace, case: Case) -> int:
+    """Images of one pass on one rank."""
+    if args.mode == "weak":
+        return args.batch
+    if args.batch % case.ranks:
+        raise SystemExit(f"strong scaling: --batch {args.batch} does not divide by {case.ranks} ranks")
+    return args.batch // case.ranks
+
+
+def start_group(args: argparse.Namespace, case: Case) -> Group:
+    """The ranks of a case, ready for their first turn."""
+    options = dict(item.split("=", 1) for item in args.option)
+    resize = {"data.image_size": args.image_size, "data.resize": max(args.image_size * 8 // 7, args.image_size)}
+    job = {
+        "task": "train", "carrier": case.carrier, "model": args.model, "batch": batch_of(args, case),
+        "accumulation": case.passes, "wire": case.wire, "options": {**resize, **options},
+        "images": str(args.images.resolve()) if case.data == "real" else None,
+    }  # fmt: skip
+    launcher = CARRIERS[case.carrier] or args.launcher
+    return Group(job, case.ranks, launcher)
+
+
+def measure(groups: dict[str, Group], measured: dict[str, Measured], args: argparse.Namespace) -> int:
+    """Warm every group up, then take turns; how many rounds."""
+    cuda = next(iter(groups.values())).facts[0]["device"] == "cuda"
+
+    def work(key: str) -> dict[str, Any]:
+        steps = max(1, round(args.steps / measured[key].case.passes))
+        return {"steps": steps, "apart": not cuda}
+
+    for key, group in groups.items():
+        warm_up(group, work(key))
+    end = time.monotonic() + args.seconds
+    done = in_turn(
+        groups, work, args.rounds, lambda key, answer: measured[key].add(answer), lambda: time.monotonic() > end
+    )
+    if cuda:  # the parts need a device that is waited for, which costs: extra turns tell them
+        in_turn(
+            groups, lambda key: {**work(key), "apart": True}, 3,
+            lambda key, answer: measured[key].add(answer, apart=True), lambda: False,
+        )  # fmt: skip
+    return done
+
+
+def warm_up(group: Group, work: dict[str, Any], most: int = 4) -> None:
+    """Turns until one is within 5 % of the one before."""
+    last = float("inf")
+    for _ in range(most):
+        now = max(sum(sum(step[p] for p in PARTS) for step in steps) for steps in group.do(work))
+        if abs(now - last) < 0.05 * now:
+            return
+        last = now
+
+
+def draw(rows: list[dict[str, Any]], path: Path, args: argparse.Namespace) -> None:
+    """Images/s over ranks, a line per carrier and one for the ceiling."""
+    plain = [r for r in rows if (r["wire"], r["passes"], r["data"]) == ("fp32", 1, "synthetic")]
+    one = next(r for r in plain if r["ranks"] == 1)
+    points = [{**r, "who": "ceiling" if r["carrier"] == "none" else r["carrier"]} for r in plain]
+    names = {p["who"] for p in points} - {"ceiling"}
+    points += [{**one, "who": name} for name in names]
+    points.sort(key=lambda p: p["ranks"])
+    show.plot(
+        points, path, x="ranks", y="images/s", series="who", kind="line",
+        title=f"{args.model}, {args.batch} images of {args.image_size} px "
+        f"{'per rank' if args.mode == 'weak' else 'over all ranks'}",
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,151 @@
+"""What follows from the times of `benchmarks.scaling`: speeds, efficiencies, parts of a step, hours, comparisons."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from benchmarks import record
+from dist_lars.cli import load_config
+
+# Of a step: waiting for a batch; copying and normalising it; model and loss; backward; waiting for what of the
+# all-reduces is not through when backward ends; the optimizer; everything between.
+PARTS = ("data", "input", "forward", "backward", "wait", "optimizer", "rest")
+RECIPES = {"resnet18": "resnet18_8k", "alexnet": "alexnet_8k", "alexnet_bn": "alexnet_bn_8k", "resnet50": "resnet50_8k"}
+
+
+class Case(NamedTuple):
+    """One group: so many ranks, and who carries their gradients (`none`: independent trainings, the ceiling)."""
+
+    ranks: int
+    carrier: str
+    wire: str = "fp32"
+    passes: int = 1
+    data: str = "synthetic"
+
+    def key(self) -> str:
+        """As raw times are filed."""
+        return f"{self.ranks} {self.carrier} {self.wire} x{self.passes} {self.data}"
+
+
+class Measured:
+    """The times of one case: seconds of each part of each step, by round, rank and step."""
+
+    def __init__(self, case: Case, batch: int) -> None:
+        self.case, self.batch = case, batch
+        self.blocks: list[np.ndarray] = []  # each [ranks, steps, parts]
+        self.apart: list[np.ndarray] = []  # the same of turns that only tell the parts
+        self.cpu: list[float] = []  # of a step of a rank, all its threads
+
+    def add(self, answers: list[list[dict[str, float]]], apart: bool = False) -> None:
+        """One turn."""
+        block = np.array([[[step[p] for p in PARTS] for step in steps] for steps in answers])
+        (self.apart if apart else self.blocks).append(block)
+        self.cpu += [step["cpu"] for steps in answers for step in steps if not apart]
+
+    def steps(self) -> np.ndarray:
+        """Seconds of every step: of the slowest rank; of independent ones, the time that stands for their sum."""
+        whole = np.concatenate([block.sum(2) for block in self.blocks], axis=1)
+        return self.harmonic(whole) if self.case.carrier == "none" else whole.max(0)
+
+    @staticmethod
+    def harmonic(whole: np.ndarray) -> np.ndarray:
+        """Ranks that do not wait for each other do sum(1 / seconds) steps a second together."""
+        return whole.shape[0] / (1 / whole).sum(0)
+
+    def speeds(self) -> np.ndarray:
+        """Images/s of all ranks, one number per round."""
+        images = self.case.ranks * self.batch * self.case.passes
+        found = []
+        for block in self.blocks:
+            whole = block.sum(2)
+            if self.case.carrier == "none":
+                found.append((images / self.case.ranks * whole.shape[1] / whole.sum(1)).sum())
+            else:
+                found.append(images * whole.shape[1] / whole.max(0).sum())
+        return np.array(found)
+
+    def parts(self) -> dict[str, float]:
+        """Median milliseconds of each part over ranks and steps."""
+        every = np.concatenate([block.reshape(-1, len(PARTS)) for block in self.apart or self.blocks])
+        return {part: 1e3 * float(np.median(every[:, i])) for i, part in enumerate(PARTS)}
+
+
+def table(measured: dict[str, Measured], args: argparse.Namespace, hosts: dict[str, list[int]]) -> list[dict[str, Any]]:
+    """One row per case."""
+    speeds = {m.case: m.speeds() for m in measured.values()}
+    own_node = [c.ranks for c in speeds if len(hosts.get(f"{c.ranks} ranks", [])) == 1]
+    rows = []
+    for case, speed in speeds.items():
+        seen = record.summary(speed)
+        row: dict[str, Any] = {
+            "ranks": case.ranks, "carrier": case.carrier, "data": case.data, "wire": case.wire, "passes": case.passes,
+            "images/s": seen["median"], "low": seen["low"], "high": seen["high"],
+        }  # fmt: skip
+        one = speeds.get(Case(1, "none", data=case.data))
+        if one is not None and case.carrier != "none" and case.passes == 1:
+            row["of 1 rank"] = record.ratio(speed, case.ranks * one)["median"]
+        node = speeds.get(case._replace(ranks=max(own_node, default=0)))
+        if node is not None and case.carrier != "none" and max(own_node) < case.ranks:
+            row["of 1 node"] = record.ratio(speed / case.ranks, node / max(own_node))["median"]
+        ceiling = speeds.get(Case(case.ranks, "none", passes=case.passes, data=case.data))
+        if ceiling is not None and case.carrier != "none":
+            ratio = record.ratio(speed, ceiling)
+            row |= {"of ceiling": ratio["median"], "c low": ratio["low"], "c high": ratio["high"]}
+        steps = measured[case.key()].steps()
+        row["p99/median"] = float(np.percentile(steps, 99) / np.median(steps))
+        if case.carrier != "none" or case.ranks == 1:
+            row |= time_to_end(row["images/s"], args, len(hosts.get(f"{case.ranks} ranks", [1])))
+        rows.append(row)
+    return rows
+
+
+def time_to_end(speed: float, args: argparse.Namespace, nodes: int) -> dict[str, float]:
+    """Hours of all epochs of the recipe at this speed, evaluation not counted, and what is paid for them."""
+    name = recipe(args)
+    if name is None:
+        return {}
+    config = load_config(name)
+    hours = config.epochs * config.data.train_images / speed / 3600
+    return {"hours": hours, "node-hours": hours * nodes}
+
+
+def recipe(args: argparse.Namespace) -> str | None:
+    """The preset whose epochs count."""
+    return args.recipe or RECIPES.get(args.model)
+
+
+def split_rows(measured: dict[str, Measured]) -> list[dict[str, Any]]:
+    """Median milliseconds of the parts of a step and of the CPU, and what communication adds to independent ranks'."""
+    rows = []
+    for m in measured.values():
+        case = m.case
+        row = {"case": case.key(), "step ms": 1e3 * float(np.median(m.steps())), **m.parts()}
+        row["cpu ms"] = 1e3 * float(np.median(m.cpu))
+        alone = measured.get(Case(case.ranks, "none", passes=case.passes, data=case.data).key())
+        if alone is not None and case.carrier != "none":
+            row["exposed ms"] = row["step ms"] - 1e3 * float(np.median(alone.steps()))
+        rows.append(row)
+    return rows
+
+
+def compare(before: dict[str, Any], after: dict[str, Any]) -> list[dict[str, Any]]:
+    """Cases that both records have: images/s of each, and their ratio with what the intervals leave possible."""
+    rows = []
+    what = ("ranks", "carrier", "data", "wire", "passes")
+    old = {tuple(row[k] for k in what): row for row in before["rows"]}
+    for row in after["rows"]:
+        key = tuple(row[k] for k in what)
+        if key in old:
+            a, b = old[key], row
+            rows.append(
+                {
+                    **dict(zip(what, key, strict=True)), "before": a["images/s"], "after": b["images/s"],
+                    "ratio": b["images/s"] / a["images/s"], "low": b["low"] / a["high"], "high": b["high"] / a["low"],
+                }
+            )  # fmt: skip
+    if not rows:
+        raise SystemExit("the two records have no case in common")
+    return rows

@@ -1,0 +1,178 @@
+"""`python -m benchmarks.tables`: write the tables of README.md anew, out of benchmarks/records.
+
+A table stands between `<!-- table: NAME -->` and `<!-- end -->`; NAME is a function here. A test holds README.md
+against what this would write.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from benchmarks import record, show, step
+
+README = Path(__file__).parent.parent / "README.md"
+MARKS = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.S)
+
+
+def trainer() -> str:
+    """Images/s of the trainer and of its peer."""
+    names = {
+        "ours, defaults": "dist_lars, defaults (bfloat16, channels-last)",
+        "ours, fp32 contiguous": "dist_lars in float32 with contiguous weights",
+        "Horovod's example": "Horovod's ImageNet example with ResNet-18",
+    }
+    rows = record.read("trainer")["rows"]
+    speed = {(row["what"], row["ranks"]): row["images/s"] for row in rows}
+    return show.markdown(
+        {"trainer": label, **{f"images/s, {n} rank{'s' * (n > 1)}": speed[what, n] for n in (1, 2)}}
+        for what, label in names.items()
+    )
+
+
+def optimizer() -> str:
+    """One step of ResNet-50's parameters."""
+    wanted = ("SGD fused", "SGD foreach", "LARS default", "LARS paper", "LAMB", "timm Lars", "timm Lamb")
+    rows = [r for r in record.read("optimizer")["rows"] if r["model"] == "resnet50" and r["optimizer"] in wanted]
+    return show.markdown(
+        {"optimizer": r["optimizer"], "ms": r["ms"], "x torch's fused SGD": r["x fused"], "GB/s": r["GB/s"],
+         "extra memory, MB": r["peak MB"]} for r in rows
+    )  # fmt: skip
+
+
+def memory() -> str:
+    """Of one process, by batch."""
+    rows = record.read("memory")["rows"]
+    return show.markdown({"batch": r["batch"], "peak MiB": r["peak MiB"], "ratio": r["ratio"]} for r in rows)
+
+
+def scaling_resnet18() -> str:
+    """The sweep over ranks."""
+    return scaling("scaling_resnet18", "--model resnet18 --batch 32")
+
+
+def scaling_alexnet() -> str:
+    """The same for the network with the most gradient per work."""
+    return scaling("scaling_alexnet", "--model alexnet --batch 64")
+
+
+def scaling_wire() -> str:
+    """What compression and a few accumulated passes change."""
+    return scaling("scaling_wire", "--name scaling_wire --carriers horovod --wire fp16,bf16 --accumulation 4")
+
+
+def scaling_passes() -> str:
+    """Many accumulated passes."""
+    return scaling("scaling_passes", "--name scaling_passes --carriers horovod --accumulation 16")
+
+
+def scaling(name: str, command: str) -> str:
+    """The rows of a sweep."""
+    rows = _rows(name)
+    if rows is None:
+        return f"Not measured yet: `python -m benchmarks.scaling {command}`."
+    who = {"none": "independent (ceiling)", "ddp": "torch's DDP", "torch": "our reducer on torch.distributed"}
+    table = show.markdown(
+        {
+            "ranks": r["ranks"],
+            "gradients by": "-" if r["ranks"] == 1 else who.get(r["carrier"], r["carrier"].capitalize()),
+            **({"wire": r["wire"], "passes": r["passes"]} if name in ("scaling_wire", "scaling_passes") else {}),
+            "images/s": _interval(r["images/s"], r["low"], r["high"]),
+            "of 1 rank": _percent(r.get("of 1 rank")),
+            "of the ceiling": _interval(100 * r["of ceiling"], 100 * r["c low"], 100 * r["c high"], " %")
+            if "of ceiling" in r
+            else "",
+            "p99 / median": r["p99/median"],
+        }
+        for r in rows
+    )
+    return table + _link(name)
+
+
+def allreduce() -> str:
+    """Bus bandwidth by carrier at three sizes."""
+    rows = _rows("allreduce")
+    if rows is None:
+        return "Not measured yet: `python -m benchmarks.allreduce`."
+    sizes = list(dict.fromkeys(r["MB"] for r in rows))
+    shown = [sizes[0], *sizes[len(sizes) // 2 :: 2]]
+    table = []
+    for carrier in dict.fromkeys(r["carrier"] for r in rows):
+        mine = {r["MB"]: r for r in rows if r["carrier"] == carrier}
+        cells = {f"{_size(mb)}": f"{mine[mb]['ms']:.3g} ms, {mine[mb]['bus GB/s']:.2g} GB/s" for mb in shown}
+        table.append({"carrier": carrier, **cells})
+    return show.markdown(table) + _link("allreduce")
+
+
+def overlap() -> str:
+    """What of ResNet-18's communication is exposed."""
+    try:
+        found = record.read("step_resnet18")["overlap"]
+    except FileNotFoundError:
+        return "Not measured yet: `python -m benchmarks.step`."
+    shown = {k: v for k, v in found.items() if k not in (step.TOLD, "steps")}
+    return show.markdown([shown]) + _link("step_resnet18")
+
+
+TABLES: Mapping[str, Callable[[], str]] = {
+    f.__name__: f
+    for f in (
+        trainer,
+        optimizer,
+        memory,
+        scaling_resnet18,
+        scaling_alexnet,
+        scaling_wire,
+        scaling_passes,
+        allreduce,
+        overlap,
+    )
+}
+
+
+def _rows(name: str) -> list[dict[str, Any]] | None:
+    try:
+        return record.read(name)["rows"]
+    except FileNotFoundError:
+        return None
+
+
+def _link(name: str) -> str:
+    return f"\n\n([record](benchmarks/records/{name}.json))"
+
+
+def _interval(middle: float, low: float, high: float, unit: str = "") -> str:
+    return f"{middle:.1f}{unit} ({low:.1f} to {high:.1f})"
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{100 * share:.1f} %"
+
+
+def _size(mb: float) -> str:
+    return f"{mb * 1e6:.0f} bytes" if mb < 1e-3 else f"{mb * 1e3:.0f} kB" if mb < 1 else f"{mb:.0f} MB"
+
+
+def filled(text: str) -> str:
+    """The text with every marked table written anew."""
+    return MARKS.sub(lambda m: f"{m[1]}\n{TABLES[m[2]]()}\n\n{m[3]}", text)
+
+
+def names(text: str) -> Iterable[str]:
+    """Of the tables in the text."""
+    return [m[2] for m in MARKS.finditer(text)]
+
+
+def main() -> None:
+    """Rewrite README.md where a table is not current."""
+    text = README.read_text(encoding="utf-8")
+    new = filled(text)
+    if new != text:
+        README.write_text(new, encoding="utf-8")
+    print(f"README.md: {len(list(names(text)))} tables, {'written anew' if new != text else 'all current'}")
+
+
+if __name__ == "__main__":
+    main()

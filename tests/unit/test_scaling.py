@@ -1,0 +1,172 @@
+"""What the scaling benchmarks compute from their times: speeds, efficiencies, fits, overlap, choices, tables."""
+
+import argparse
+
+import numpy as np
+import pytest
+
+from benchmarks import allreduce, scaling, step, tables, tune
+from benchmarks.scaling_results import PARTS, Case, Measured
+
+
+def measured(case: Case, *blocks: list[list[float]], batch: int = 10) -> Measured:
+    """`blocks` are [rank][step] seconds, all of them in backward."""
+    m = Measured(case, batch)
+    for block in blocks:
+        m.add([[{p: s if p == "backward" else 0.0 for p in (*PARTS, "cpu")} for s in steps] for steps in block])
+    return m
+
+
+def test_the_slowest_rank_is_the_step():
+    m = measured(Case(2, "horovod"), [[1.0, 2.0], [3.0, 1.0]], [[1.0, 1.0], [1.0, 1.0]])
+    assert m.steps().tolist() == [3.0, 2.0, 1.0, 1.0]
+    assert m.speeds().tolist() == [2 * 10 * 2 / 5, 20.0]
+
+
+def test_independent_ranks_add_up():
+    m = measured(Case(2, "none"), [[1.0, 1.0], [2.0, 2.0]])
+    assert m.speeds().tolist() == [10 + 5]
+    assert m.steps() == pytest.approx([2 / 1.5] * 2)  # so long a step of two ranks would do as much
+
+
+def test_accumulated_images_count():
+    assert measured(Case(2, "horovod", passes=4), [[2.0], [2.0]]).speeds().tolist() == [40.0]
+
+
+ARGS = argparse.Namespace(recipe=None, model="resnet18")
+
+
+def test_efficiencies_are_taken_round_by_round():
+    """The machine is half as fast in the second round: every efficiency is what it is in the first."""
+    runs = {
+        Case(1, "none"): ([[1.0]], [[2.0]]),
+        Case(2, "none"): ([[1.25], [1.25]], [[2.5], [2.5]]),
+        Case(2, "horovod"): ([[2.0], [1.9]], [[4.0], [3.9]]),
+        Case(4, "horovod"): ([[2.5]] * 4, [[5.0]] * 4),
+    }
+    found = {case.key(): measured(case, *blocks) for case, blocks in runs.items()}
+    hosts = {"1 ranks": [1], "2 ranks": [2], "4 ranks": [2, 2]}
+    rows = {Case(r["ranks"], r["carrier"]): r for r in scaling.table(found, ARGS, hosts)}
+    two, four = rows[Case(2, "horovod")], rows[Case(4, "horovod")]
+    assert two["of 1 rank"] == 0.5
+    assert two["of ceiling"] == two["c low"] == two["c high"] == 0.625
+    assert "of 1 node" not in two
+    assert four["of 1 node"] == 0.8
+    assert four["of 1 rank"] == 0.4
+    assert four["node-hours"] == pytest.approx(2 * four["hours"])
+    assert four["hours"] == pytest.approx(90 * 1_281_167 / four["images/s"] / 3600)
+    split = {row["case"]: row for row in scaling.split_rows(found)}
+    assert split[Case(2, "horovod").key()]["exposed ms"] == pytest.approx(1000 * (3.0 - 1.875))
+
+
+def test_one_thing_varies_at_a_time():
+    cases = scaling.make_cases([1, 2, 4], ["horovod", "ddp"], ["fp32", "bf16"], [1, 16], real=True)
+    assert cases[0] == Case(1, "none")
+    assert {c.carrier for c in cases if c.ranks == 2} == {"none", "horovod", "ddp"}
+    assert [c for c in cases if c.wire != "fp32"] == [Case(4, "horovod", wire="bf16")]
+    assert [c for c in cases if c.passes > 1] == [Case(4, "none", passes=16), Case(4, "horovod", passes=16)]
+    assert {(c.ranks, c.carrier) for c in cases if c.data == "real"} == {(1, "none"), (4, "none"), (4, "horovod")}
+    assert scaling.make_cases([1], ["horovod"], ["fp32"], [1], real=False) == [Case(1, "none")]
+
+
+def test_strong_scaling_shares_one_batch():
+    args = argparse.Namespace(mode="strong", batch=64)
+    assert scaling.batch_of(args, Case(4, "horovod")) == 16
+    with pytest.raises(SystemExit, match="--batch 64 does not divide by 3 ranks"):
+        scaling.batch_of(args, Case(3, "horovod"))
+
+
+def test_two_records_are_compared_case_by_case():
+    def of(speed):
+        base = {"ranks": 2, "carrier": "horovod", "data": "synthetic", "wire": "fp32", "passes": 1}
+        return {"rows": [{**base, "images/s": speed, "low": speed - 1, "high": speed + 1}]}
+
+    (row,) = scaling.compare(of(10.0), of(12.0))
+    assert (row["ratio"], row["low"], row["high"]) == (1.2, 11 / 11, 13 / 9)
+    with pytest.raises(SystemExit, match="no case in common"):
+        scaling.compare(of(10.0), {"rows": [{**of(1.0)["rows"][0], "ranks": 3}]})
+
+
+def test_latency_and_bandwidth_are_found_again():
+    sizes = [4, 4096, 10**6, 10**8]
+    a, b = allreduce.fit(sizes, [2e-5 + s / 3e9 for s in sizes])
+    assert (a, b) == (pytest.approx(2e-5), pytest.approx(3e9))
+
+
+def timeline(*reduced: tuple[str, float, float]) -> list[dict]:
+    """Events as Horovod writes them, microseconds since its start at 7 s: when the all-reduce of a bucket ran."""
+    names = sorted({row[0] for row in reduced})
+    events = [{"name": "process_name", "ph": "M", "pid": 0, "args": {"start_time_since_epoch_in_micros": 7_000_000}}]
+    for i, name in enumerate(names, 1):
+        events.append({"name": "process_name", "ph": "M", "pid": i, "args": {"name": f"allreduce.{name}"}})
+    for name, began, ended in reduced:
+        pid = 1 + names.index(name)
+        events += [
+            {"ph": "B", "name": "NEGOTIATE_ALLREDUCE", "pid": pid, "ts": began - 500},
+            {"ph": "E", "pid": pid, "ts": began},
+            {"ph": "B", "name": "ALLREDUCE", "pid": pid, "ts": began},
+            {"ph": "B", "name": "MPI_ALLREDUCE", "pid": pid, "ts": began},
+            {"ph": "E", "pid": pid, "ts": ended},
+            {"ph": "E", "pid": pid, "ts": ended},
+        ]
+    return events
+
+
+def test_what_runs_after_backward_has_ended_is_exposed():
+    """Two steps: backward ends 10 ms after the first begins, the last bucket 4 ms later; and 1 s later the same."""
+    events = timeline(
+        ("gradients.0", 1e3, 5e3), ("notes", 2e3, 9e3), ("gradients.1", 11e3, 14e3),
+        ("gradients.0", 1001e3, 1005e3), ("gradients.1", 1011e3, 1014e3),
+    )  # fmt: skip
+    found = step.overlap(events, [7.010, 8.010], standalone=[0.010])
+    assert found["steps"] == 2
+    assert found["all-reduce ms"] == pytest.approx(7.0)
+    assert found["exposed ms"] == pytest.approx(4.0)
+    assert found["exposed / stand-alone"] == pytest.approx(0.4)
+    with pytest.raises(SystemExit, match="'gradients.0': 2, 'gradients.1': 2"):
+        step.overlap(events, [7.010], standalone=[0.010])
+
+
+def test_a_knob_is_turned_only_for_a_sure_gain():
+    speeds = {"default": [10.0] * 8, "5": [9.0, 12.0] * 4, "20": [10.5, 10.6] * 4}
+    rows = [tune.row_of("comm.cycle_ms", name, speeds) for name in speeds]
+    assert tune.choose(rows) == "20"
+    assert tune.choose(rows[:2]) == "default"
+
+
+def test_what_tune_writes_is_a_config(tmp_path):
+    from dist_lars.cli import load_config
+
+    file = tmp_path / "comm.yaml"
+    file.write_text(tune.as_yaml({"comm.cycle_ms": 20.0, "comm.bucket_mb": 5.0}, "tune_resnet18"))
+    config = load_config("resnet18_8k", str(file))
+    assert (config.comm.cycle_ms, config.comm.bucket_mb, config.batch_size) == (20.0, 5.0, 8192)
+    file.write_text(tune.as_yaml({}, "tune_resnet18"))
+    assert load_config("resnet18_8k", str(file)).comm == load_config("resnet18_8k").comm
+    for knob, values in tune.GRID.items():
+        for value in values:
+            assert load_config(overrides={} if value is None else {knob: value})
+
+
+def test_the_tables_of_the_readme_are_current():
+    text = tables.README.read_text()
+    assert set(tables.names(text)) == set(tables.TABLES)
+    assert tables.filled(text) == text, "make tables"
+
+
+def test_a_table_that_is_not_current_is_noticed():
+    text = tables.README.read_text()
+    number = next(m[2] for m in tables.MARKS.finditer(text))
+    start = text.index(f"<!-- table: {number} -->")
+    digit = next(i for i in range(start, len(text)) if text[i].isdigit())
+    broken = text[:digit] + str((int(text[digit]) + 1) % 10) + text[digit + 1 :]
+    assert tables.filled(broken) != broken
+    assert tables.filled(broken) == tables.filled(text)
+
+
+def test_steps_of_unlike_parts_are_summed():
+    m = Measured(Case(1, "none"), 1)
+    m.add([[dict.fromkeys((*PARTS, "cpu"), 1.0)]])
+    assert m.steps().tolist() == [len(PARTS)]
+    assert m.parts() == dict.fromkeys(PARTS, 1000.0)
+    assert isinstance(m.speeds(), np.ndarray)
