@@ -28,6 +28,7 @@ from dist_lars.plan import Plan, make_plan, planned_images
 KEYS = {
     "name", "title", "data", "base", "on_path", "axes", "where", "select", "final", "report",
 }  # fmt: skip
+ON_PATH = KEYS & {"base", "axes", "where", "select", "final"}
 SELECT = {"hold_out": 0.1, "epochs": None, "seeds": [0], "factors": [1.0], "extend": 0}
 FINAL = {"seeds": [1, 2, 3], "options": {}}
 Options = dict[str, Any]
@@ -116,11 +117,9 @@ def load(path: Path, path_given: bool = False, overrides: Options | None = None)
         raise UserError(f"study {path} needs `axes`: what varies, and the options of each label")
     _known(set(raw), KEYS, f"study {path}")
     other = raw.get("on_path") if path_given else None
-    base = _options(raw.get("base", {}))
-    select, final = raw.get("select"), raw.get("final") or {}
     if other:
-        base, select = base | _options(other.get("base", {})), select and select | other.get("select", {})
-    base |= typed_options(overrides or {})
+        raw = _on_path(raw, other)
+    select, final = raw.get("select"), raw.get("final") or {}
     _known(set(select or {}), set(SELECT), "select")
     _known(set(final), set(FINAL), "final")
     study = Study(
@@ -128,7 +127,7 @@ def load(path: Path, path_given: bool = False, overrides: Options | None = None)
         title=raw.get("title", ""),
         data="the images of --data.path" if other else raw.get("data", ""),
         axes={axis: _labels(axis, labels) for axis, labels in raw["axes"].items()},
-        base=base,
+        base=_options(raw.get("base", {})) | typed_options(overrides or {}),
         where=[_rule(rule, raw["axes"]) for rule in raw.get("where", [])],
         select=None if select is None else {**SELECT, **select},
         final={**FINAL, **final, "options": _options(final.get("options", {}))},
@@ -137,6 +136,14 @@ def load(path: Path, path_given: bool = False, overrides: Options | None = None)
     for cell in cells(study):
         plan_of(cell.options)  # every option and batch is refused now, not after hours
     return study
+
+
+def _on_path(raw: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """The study for images of the user's own: other options, labels and epochs, the same question."""
+    _known(other, ON_PATH, "on_path")
+    merged = {key: {**(raw.get(key) or {}), **other[key]} for key in ("axes", "select", "final") if key in other}
+    base = _options(raw.get("base", {})) | _options(other.get("base", {}))
+    return {**raw, **merged, "base": base, "where": other.get("where", raw.get("where", []))}
 
 
 def _known(given: Iterable[str], known: Iterable[str], where: str) -> None:

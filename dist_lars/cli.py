@@ -5,6 +5,7 @@ Keys are spelled with underscores; on the command line a dash is accepted for an
 """
 
 import difflib
+import functools
 import os
 import sys
 import time
@@ -49,8 +50,13 @@ def typed_options(raw: dict[str, Any]) -> dict[str, Any]:
     for key in raw:
         if key not in LEAVES:
             unknown(key, list(LEAVES))
-    values = typed(make_parser("options", ""), _as_arguments(raw))
+    values = typed(_option_parser(), _as_arguments(raw))
     return {key: values[key] for key in raw}
+
+
+@functools.cache
+def _option_parser() -> jsonargparse.ArgumentParser:
+    return make_parser("options", "")
 
 
 def parse(argv: list[str], parser: jsonargparse.ArgumentParser) -> tuple[Config, dict[str, Any]]:
