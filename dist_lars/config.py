@@ -95,7 +95,9 @@ class Optim:
     name: Literal["lars", "lamb", "sgd", "sgd_momentum", "nesterov", "adam", "adamw"] = option(
         "lars", "the optimizer; sgd is without momentum"
     )
-    law: Literal["default", "paper", "mlperf", "outside", "larc"] = option("default", "which LARS (see dist_lars.optim.LAWS)")
+    law: Literal["default", "paper", "mlperf", "outside", "larc"] = option(
+        "default", "which LARS (see dist_lars.optim.LAWS)"
+    )
     lr: float | None = option(None, "peak learning rate as it is; replaces schedule.base_lr and its scaling")
     momentum: float = option(0.9, "momentum of lars, sgd and nesterov")
     weight_decay: float = option(5e-4, "weight decay, coupled (adamw: decoupled)")
