@@ -146,8 +146,8 @@ class Runner:
         with self.changed:
             while not self.stop and self.started < self.args.max_runs:
                 done = self.store.runs()
-                missing = [run for run in study_grid.runs(self.study, done) if run.id not in done]
-                missing = [run for run in missing if run.id not in self.failed]
+                known = {run.id: run for run in study_grid.runs(self.study, done)}
+                missing = [run for name, run in known.items() if name not in done and name not in self.failed]
                 if not missing:
                     return None
                 for run in self._own_first(missing):

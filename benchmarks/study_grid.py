@@ -203,16 +203,23 @@ def groups(study: Study) -> list[list[Cell]]:
 
 
 def runs(study: Study, records: Records) -> list[Run]:
-    """Every run that is known by now, finished or not: later ones depend on what the records say."""
-    found = []
+    """Every run that is known by now, finished or not: later ones depend on what the records say.
+
+    First every cell with one seed, so that there soon is a table, then the other seeds.
+
+    Two cells that come to the same options have a run each here, with one id: it is trained once and counts for both.
+    """
+    found, later = [], []
     for group in groups(study):
         factors = sweeps(study, group, records)
         found += [run for cell in group for run in sweep(study, cell, factors[cell.key])]
         for cell in group:
             factor = chosen(study, cell, factors[cell.key], records) if study.select else 1.0
             if factor is not None and _settled(study, group, records):
-                found += [final_run(study, cell, factor, seed) for seed in study.final["seeds"]]
-    return list({run.id: run for run in found}.values())
+                first, *others = (final_run(study, cell, factor, seed) for seed in study.final["seeds"])
+                found.append(first)
+                later += others
+    return found + later
 
 
 def sweep(study: Study, cell: Cell, factors: Sequence[float]) -> list[Run]:

@@ -123,12 +123,12 @@ def header(study: Study) -> dict[str, Any]:
 
 
 def _state(results: Results) -> str:
-    known, done = results.known, sum(run.id in results.records for run in results.known)
+    known = {run.id for run in results.known}
     complete = sum(len(results.of(c)) == len(results.study.final["seeds"]) for c in results.cells)
     state = "Complete" if complete == len(results.cells) else "In progress"
     return (
         f"{results.study.data}. {state}: {complete} of {len(results.cells)} cells have all their seeds; "
-        f"{done} of {len(known)} runs that are known by now are done."
+        f"{len(known & set(results.records))} of {len(known)} runs that are known by now are done."
     )
 
 
@@ -248,14 +248,12 @@ def _where(store: Store) -> str:
 def to_do(study: Study, records: study_grid.Records) -> str:
     """The runs that are missing, and what they cost at the speed of those that are done."""
     results = Results(study, records)
-    missing = [run for run in results.known if run.id not in records]
+    missing = list({run.id: run for run in results.known if run.id not in records}.values())
     later = {cell.key for cell in results.cells} - {run.cell.key for run in results.known if run.stage == "final"}
-    waiting = [
-        study_grid.final_run(study, cell, 1.0, seed)
-        for cell in results.cells
-        if cell.key in later
-        for seed in study.final["seeds"]
+    own = [
+        study_grid.final_run(study, c, 1.0, s) for c in results.cells if c.key in later for s in study.final["seeds"]
     ]
+    waiting = list({run.id: run for run in own}.values())
     speeds = _speeds(records)
     lines = [f"{run.id}  {run.cell.key}  {run.stage}  x {run.factor:g}  seed {run.seed}" for run in missing]
     images: dict[str, float] = {}

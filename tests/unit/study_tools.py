@@ -67,10 +67,10 @@ def record(run: Run, top1: float | None) -> dict[str, Any]:
         "train_loss": [2.0 for _ in curve],
         "train_top1": curve,
         "held_out_top1": [],
-        **(traced if run.options["optim.name"] == "lars" else {}),
+        **(traced if run.options.get("optim.name") == "lars" else {}),
         **(
             {"trust_ratios": {"0.weight": [1e-4, 2e-4], "0.bias": [1e-3, 2e-3]}}
-            if run.options["optim.name"] == "lars" and run.stage == "final"
+            if run.options.get("optim.name") == "lars" and run.stage == "final"
             else {}
         ),
     }

@@ -49,8 +49,9 @@ def test_final_runs_follow_at_the_best_rate_with_all_seeds_on_all_images(tmp_pat
     records = finish(wanted, peak)
     finals = [r for r in study_grid.runs(wanted, records) if r.stage == "final"]
     assert [(r.cell.key, r.seed) for r in finals[:4]] == [
-        ("64 | SGD", 1), ("64 | SGD", 2), ("64 | SGD", 3), ("64 | LARS", 1)
+        ("64 | SGD", 1), ("64 | LARS", 1), ("256 | SGD", 1), ("256 | LARS", 1)
     ]  # fmt: skip
+    assert sorted(r.seed for r in finals[4:]) == [2] * 4 + [3] * 4
     assert len(finals) == 12
     assert {r.factor for r in finals} == {1.0}
     plan = finals[0].plan()
@@ -59,12 +60,13 @@ def test_final_runs_follow_at_the_best_rate_with_all_seeds_on_all_images(tmp_pat
     assert finals[0].options["log.eval_epochs"] > plan.epochs
 
 
-def test_finals_of_a_group_come_before_the_sweeps_of_the_next(tmp_path):
+def test_a_group_has_one_final_run_of_each_cell_before_the_next_begins_and_the_other_seeds_last(tmp_path):
     wanted = study(tmp_path)
     sweep = [r for r in study_grid.runs(wanted, {}) if r.cell.labels["batch_size"] == "64"]
     records = {r.id: record(r, peak(r)) for r in sweep}
     missing = [r for r in study_grid.runs(wanted, records) if r.id not in records]
-    assert [r.stage for r in missing] == ["final"] * 6 + ["select"] * 6
+    assert [r.stage for r in missing] == ["final"] * 2 + ["select"] * 6 + ["final"] * 4
+    assert [r.seed for r in missing if r.stage == "final"] == [1, 1, 2, 3, 2, 3]
 
 
 def test_one_half_done_sweep_of_a_group_keeps_all_of_its_finals_waiting(tmp_path):
@@ -138,8 +140,8 @@ def test_two_rules_that_arrive_at_one_rate_share_the_run(tmp_path):
     axes = {**TINY["axes"], "arm": {"linear": {"schedule.scaling": "linear"}, "sqrt": {"schedule.scaling": "sqrt"}}}
     runs = study_grid.runs(study(tmp_path, axes=axes, report={"series": "arm"}), {})
     # At 64, the base, the rules agree on all three rates; at 256 linear has 0.2, 0.4, 0.8 and sqrt 0.1, 0.2, 0.4.
-    assert len(runs) == 3 + 4
-    assert len({r.id for r in runs}) == 7
+    assert len(runs) == 12
+    assert len({r.id for r in runs}) == 3 + 4
 
 
 # --- files ------------------------------------------------------------------------------------------------------------

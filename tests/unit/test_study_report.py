@@ -88,7 +88,7 @@ def test_the_state_is_honest(told, tmp_path):
     part = study_store.Store(tmp_path / "part", wanted.name)
     part.path.write_text("\n".join(lines[:-5]) + "\n")
     text = study_report.write(wanted, part)
-    assert "In progress: 2 of 4 cells have all their seeds; 19 of 24 runs" in text
+    assert "In progress: 1 of 4 cells have all their seeds; 19 of 24 runs" in text
 
 
 def test_a_rate_at_the_edge_is_warned_of(tmp_path):
@@ -98,6 +98,15 @@ def test_a_rate_at_the_edge_is_warned_of(tmp_path):
     assert "**at the edge**: 64 | LARS: the best rate, 8, is the last one tried" in text
     inside = study_report.Results(wanted, finish(wanted, accuracy))
     assert "at the edge" not in study_report._rates(inside)
+
+
+def test_a_shared_run_counts_for_both_cells(tmp_path):
+    rules = {"linear": {"schedule.scaling": "linear"}, "sqrt": {"schedule.scaling": "sqrt"}}
+    axes = {"batch_size": [64], "arm": rules}  # the base batch, where the rules agree
+    wanted = study(tmp_path, axes=axes, report={"x": "batch_size", "series": "arm"})
+    results = study_report.Results(wanted, finish(wanted, lambda run: 60 - abs(run.factor - 1) + run.seed))
+    assert [results.top1(cell) for cell in results.cells] == [[61, 62, 63]] * 2
+    assert len(results.records) == 3 + 3
 
 
 def test_plots_are_drawn(told):
