@@ -28,11 +28,11 @@ TINY = {
         "batch_size": [256],
         "arm": {"SGD": {"optim.name": "sgd_momentum"}, "LARS": {"optim.name": "lars", "schedule.base_lr": 8}},
     },
-    "select": {"hold_out": 0.2, "epochs": 1, "factors": [0.5, 1, 2], "extend": 0},
-    "final": {"seeds": [1, 2]},
+    "select": {"hold_out": 0.2, "epochs": 1, "factors": [0.5, 1], "extend": 0},
+    "final": {"seeds": [1]},
     "report": {"x": "batch_size", "series": "arm", "reference": "LARS"},
 }  # fmt: skip
-RUNS = 2 * 3 + 2 * 2
+RUNS = 2 * 2 + 2
 SAME = ("id", "cell", "stage", "factor", "lr", "seed", "state", "top1", "top5", "loss", "train_loss", "train_top1")
 
 
@@ -146,7 +146,7 @@ def test_tasks_of_an_array_share_the_work(whole, tmp_path, cache):
     assert [task.returncode for task in tasks] == [0, 0]
     starts = [text.count(": starts") for text in texts]
     assert sum(starts) == RUNS
-    assert min(starts) > 1
+    assert min(starts) > 0
     assert told(tmp_path) == told(whole[0])
 
 
