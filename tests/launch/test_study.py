@@ -43,7 +43,7 @@ def cache(tmp_path_factory):
 
 
 def words(folder: Path, **changes) -> list[str]:
-    (folder / "tiny.yaml").write_text(yaml.safe_dump({**TINY, **changes}))
+    (folder / "tiny.yaml").write_text(yaml.safe_dump({**TINY, **changes}, sort_keys=False))
     return [sys.executable, "-m", "benchmarks.study", str(folder / "tiny.yaml"), "--records", str(folder / "records"),
             "--work", str(folder / "work")]  # fmt: skip
 
@@ -180,7 +180,8 @@ def test_two_ranks_give_the_curve_of_one_with_twice_the_passes(tmp_path, cache):
     """
     nets = {"plain": {"model.name": "cnn_small"}, "normalised": {"model.name": "resnet_small"}}
     changes = {"axes": {"net": nets}, "select": None, "final": {"seeds": [1]}, "report": {"series": "net"}}
-    base = {**TINY["base"], "batch_size": 128, "epochs": 3, "optim": {"name": "lars"}, "schedule": {"base_lr": 8}}
+    base = {**TINY["base"], "batch_size": 128, "epochs": 3, "optim": {"name": "lars"}}
+    base["schedule"] = {"base_lr": 8, "warmup_epochs": 0}
     found = []
     for launcher in ("", " ".join([*MPIRUN, "-np", "2"])):
         folder = tmp_path / f"on {len(found) + 1}"
