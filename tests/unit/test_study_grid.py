@@ -155,7 +155,7 @@ def test_two_rules_that_arrive_at_one_rate_share_the_run(tmp_path):
         ({"select": {"epoch": 3}}, "select: unknown key 'epoch'"),
         ({"where": [{"arm": "LRAS", "set": {}}]}, "where: arm: unknown key 'LRAS'; known: LARS, SGD"),
         ({"axes": {"batchsize": [1]}}, "did you mean batch_size"),
-        ({"axes": {"arm": {"x": {"optim.nam": "sgd"}}}}, "did you mean optim.name"),
+        ({"axes": {"arm": {"x": {"optim.named": "sgd"}}}}, "did you mean optim.name"),
         ({"axes": {"batch_size": [50]}}, "batch_size 50 does not divide"),
         ({"axes": {"batch_size": [3200]}}, "larger than the 1500 training images"),
         ({"base": {"epochs": "many"}}, "epochs is 'many', but it must be a whole number"),
