@@ -10,6 +10,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do $$p -c '
 VENV   ?= .venv
 NP     ?= 2
 ARGS   ?=
+STUDY  ?= benchmarks/studies/digits.yaml
 BIN    := $(if $(filter /%,$(VENV)),$(VENV),$(CURDIR)/$(VENV))/bin
 PIP    := python -m pip --disable-pip-version-check
 
@@ -23,7 +24,7 @@ export PRTE_ALLOW_RUN_AS_ROOT := 1
 export PRTE_ALLOW_RUN_AS_ROOT_CONFIRM := 1
 endif
 
-.PHONY: help install train test test-faults test-install check fmt tables doctor mutants clean FORCE
+.PHONY: help install train test test-faults test-install study check fmt tables doctor mutants clean FORCE
 .DELETE_ON_ERROR:
 
 help:  ## list the commands
@@ -42,6 +43,9 @@ test-faults: install  ## break real jobs on purpose: kills, hangs, full disks, b
 
 test-install: install  ## build Horovod by other compilers, CMakes and MPIs (ten minutes)
 	python -m pytest -m install $(ARGS)
+
+study: install  ## LARS against SGD on handwritten digits, with tables and plots, in minutes (STUDY=FILE ARGS="--data.path DIR")
+	python -m benchmarks.study $(STUDY) --workers $(NP) $(ARGS)
 
 check: install  ## formatting, lint, spelling, types, and the tests that need one process
 	ruff format --check .

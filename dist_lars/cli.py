@@ -5,6 +5,8 @@ Keys are spelled with underscores; on the command line a dash is accepted for an
 """
 
 import difflib
+import functools
+import os
 import sys
 import time
 from importlib import resources
@@ -41,11 +43,21 @@ def load_config(preset: str | None = None, file: str | None = None, overrides: d
 
     Raises `UserError` for an unknown preset or key, a wrong type or a value out of range.
     """
-    raw = _layers(preset, file) | (overrides or {})
+    return from_flat(typed_options(_layers(preset, file) | (overrides or {})))
+
+
+def typed_options(raw: dict[str, Any]) -> dict[str, Any]:
+    """The same options with values of their types, as `from_flat` takes them; unknown ones are refused."""
     for key in raw:
         if key not in LEAVES:
             unknown(key, list(LEAVES))
-    return _config(typed(make_parser("load_config", ""), _as_arguments(raw)))
+    values = typed(_option_parser(), _as_arguments(raw))
+    return {key: values[key] for key in raw}
+
+
+@functools.cache
+def _option_parser() -> jsonargparse.ArgumentParser:
+    return make_parser("options", "")
 
 
 def parse(argv: list[str], parser: jsonargparse.ArgumentParser) -> tuple[Config, dict[str, Any]]:

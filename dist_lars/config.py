@@ -31,6 +31,10 @@ class Data:
     )
     path: str | None = option(None, "the image folder, or its packed shards (default: $DIST_LARS_DATA)")
     val: str | None = option(None, "validation folder (default: val/, else test/, below data.path)")
+    hold_out: float = option(
+        0.0, "validate on this share of the training images, train on the others: to choose options by, before the "
+        "validation images are looked at; the share is the same for every seed",
+    )  # fmt: skip
     image_size: int = option(224, "pixels of the square that the network sees")
     resize: int = option(256, "validation: the shorter side before the centre crop, in pixels")
     augment: Literal["inception", "minimal"] = option(
@@ -91,7 +95,9 @@ class Optim:
     name: Literal["lars", "lamb", "sgd", "sgd_momentum", "nesterov", "adam", "adamw"] = option(
         "lars", "the optimizer; sgd is without momentum"
     )
-    law: Literal["default", "paper", "mlperf", "larc"] = option("default", "which LARS (see dist_lars.optim.LAWS)")
+    law: Literal["default", "paper", "mlperf", "outside", "larc"] = option(
+        "default", "which LARS (see dist_lars.optim.LAWS)"
+    )
     lr: float | None = option(None, "peak learning rate as it is; replaces schedule.base_lr and its scaling")
     momentum: float = option(0.9, "momentum of lars, sgd and nesterov")
     weight_decay: float = option(5e-4, "weight decay, coupled (adamw: decoupled)")

@@ -25,7 +25,7 @@ def open_sets(config: Config, comm: Comm, cores: int = 1) -> data.Sets:
             train=d.train_images, val=d.val_images, classes=d.classes, image_size=d.image_size, seed=config.seed
         )
     path = str(_digits(comm, d.image_size) if d.kind == "digits" else data_path(config))
-    indexes = share_indexes(comm, lambda: data.list_folders(path, d.val, data.cache_dir()))
+    indexes = share_indexes(comm, lambda: _listed(path, d.val, d.hold_out))
     if d.stage:
         indexes = [_staged(comm, index, d.stage) for index in indexes]
     held = None
@@ -45,6 +45,12 @@ def open_sets(config: Config, comm: Comm, cores: int = 1) -> data.Sets:
         max_skipped=d.max_skipped,
         remember=_remembers(d.cache_val, len(indexes[1]), d.image_size, comm),
     )
+
+
+def _listed(path: str, val: str | None, share: float) -> tuple[data.Index, data.Index]:
+    """The images to train and to validate on."""
+    train, validation = data.list_folders(path, val, data.cache_dir())
+    return data.hold_out(train, share) if share else (train, validation)
 
 
 def open_val(path: str, comm: Comm) -> data.Index:

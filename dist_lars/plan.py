@@ -33,6 +33,13 @@ class Plan:
         return dataclasses.asdict(self) | {"peak_lr": self.rate.peak}
 
 
+def planned_images(config: Config) -> tuple[int, int]:
+    """(training, validation images) that the configuration speaks of, where no folder has been counted."""
+    n = config.data.train_images
+    held = round(config.data.hold_out * n)
+    return (n - held, held) if held else (n, config.data.val_images)
+
+
 def make_plan(config: Config, world_size: int, train_images: int, val_images: int) -> Plan:
     """Turn a recipe into steps for `world_size` ranks, or raise `UserError` with the nearest valid choices."""
     if world_size < 1:

@@ -1,7 +1,7 @@
 """The presets as a table: what each trains, how, and whose numbers it uses."""
 
 from dist_lars.cli import load_config, preset_names, preset_text
-from dist_lars.plan import make_plan
+from dist_lars.plan import make_plan, planned_images
 
 TITLES = ("name", "model", "batch", "optimizer", "peak LR", "warm-up", "source")
 
@@ -16,7 +16,7 @@ def table() -> str:
 
 def _row(name: str) -> tuple[str, ...]:
     c = load_config(name)
-    plan = make_plan(c, 1, c.data.train_images, c.data.val_images)
+    plan = make_plan(c, 1, *planned_images(c))
     optimizer = f"lars, {c.optim.law} law" if c.optim.name == "lars" else c.optim.name
     warmup = f"{c.schedule.warmup_epochs:g} epochs"
     return name, c.model.name, f"{c.batch_size:,}", optimizer, f"{plan.rate.peak:g}", warmup, header(name)["source"][0]

@@ -46,10 +46,13 @@ def check(c: "Config") -> None:
     _require(positive, lambda v: 0 < v < math.inf, "must be above zero, and finite")
     _require({"data.min_scale": c.data.min_scale}, lambda v: 0 < v <= 1, "is a share of the area: 0 < value <= 1")
     shares = {
+        "data.hold_out": c.data.hold_out,
         "optim.momentum": c.optim.momentum, "optim.label_smoothing": c.optim.label_smoothing,
         "optim.ema_decay": c.optim.ema_decay, "model.dropout": c.model.dropout,
     }  # fmt: skip
     _require(shares, lambda v: 0 <= v < 1, "must be in [0, 1)")
+    if c.data.hold_out and c.data.kind == "synthetic":
+        raise UserError("data.hold_out takes images from a folder, and random images have none: use --data.hold_out 0")
     if c.data.resize < c.data.image_size:
         raise UserError(
             f"data.resize {c.data.resize} is smaller than data.image_size {c.data.image_size}: validation "

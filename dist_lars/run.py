@@ -288,7 +288,12 @@ class Run:
             f"  writes to: {self.run_dir}" + f"\n  continues at step {start:,}" * bool(start)
         )
         hosts = self.comm.gather(socket.gethostname(), "hosts")
-        facts = {"config": as_flat(self.config), "plan": self.plan.as_dict(), "versions": versions()}
+        facts = {
+            "classes": len(self.sets.classes),
+            "config": as_flat(self.config),
+            "plan": self.plan.as_dict(),
+            "versions": versions(),
+        }
         self.log.line("start", step=start, hosts=hosts, **plain(facts))
         self._status("running")
 

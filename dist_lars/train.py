@@ -14,7 +14,7 @@ from dist_lars import recipes
 from dist_lars.cli import fail, make_parser, parse
 from dist_lars.config import Config, data_path
 from dist_lars.errors import UserError
-from dist_lars.plan import describe, make_plan
+from dist_lars.plan import describe, make_plan, planned_images
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def dry_run(config: Config, extra: dict[str, Any]) -> None:
     """Print the plan for `--world_size` ranks and the data sizes of the configuration."""
-    plan = make_plan(config, extra["world_size"], config.data.train_images, config.data.val_images)
+    plan = make_plan(config, extra["world_size"], *planned_images(config))
     print(json.dumps(plan.as_dict(), indent=1) if extra["json"] else describe(plan))
 
 

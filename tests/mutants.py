@@ -39,6 +39,8 @@ FUSED_ORACLE = "tests/unit/test_lars.py::test_fused_path_equals_the_oracle"
 ENGINE, COMM, EQUIVALENCE = "dist_lars/engine.py", "dist_lars/comm/together.py", "tests/parallel/test_equivalence.py"
 BACKENDS, HOROVOD = "tests/parallel/test_backends.py", "dist_lars/comm/horovod_comm.py"
 DEFECTS, TORCH = "tests/unit/test_lars_defects.py", "tests/unit/test_lars_torch.py"
+STUDY = "benchmarks/study_grid.py"
+STUDY_GRID, STUDY_REPORT = (f"tests/unit/test_study_{name}.py" for name in ("grid", "report"))
 MODELS, ALEXNET = "tests/unit/test_models.py", "dist_lars/models/alexnet.py"
 
 MUTANTS = [
@@ -168,6 +170,20 @@ MUTANTS = [
     Mutant("dist_lars/data/stage.py", "if size > 0.98 * free:", "if False:", "tests/unit/test_shards.py::test_staging_checks_the_room_before"),
     Mutant("dist_lars/data/shards.py", 'if size != shard["bytes"]:', "if size is None:", "tests/unit/test_shards.py::test_missing_and_short_shards_are_named"),
     Mutant("dist_lars/resources.py", "max(1, min(share, int(told)) if told else share)", "max(1, int(told) if told else share)", "tests/unit/test_resources.py::test_cores_per_rank"),
+    # Studies.
+    Mutant(STUDY, "scores.index(max(s for s in scores if s is not None))", "scores.index(scores[-1])", f"{STUDY_GRID}::test_the_best_rate_is_chosen_the_smaller_of_two_and_never_one_that_diverged"),
+    Mutant(STUDY, "in (factors[0], factors[-1])", "in (factors[-1],)", f"{STUDY_GRID}::test_a_sweep_extends_downward_where_its_best_is_the_smallest"),
+    Mutant(STUDY, "{key: _longer(tried, best[key]) for key, tried in factors.items()}", "{key: _longer(tried, best[key]) if best[key] in (tried[0], tried[-1]) else tried for key, tried in factors.items()}", f"{STUDY_GRID}::test_a_best_rate_at_the_edge_gives_every_cell_of_the_group_one_more"),
+    Mutant(STUDY, " and _settled(study, group, records)", "", f"{STUDY_GRID}::test_one_half_done_sweep_of_a_group_keeps_all_of_its_finals_waiting"),
+    Mutant(STUDY, '"data.hold_out": s["hold_out"], ', "", f"{STUDY_GRID}::test_a_sweep_trains_shorter_on_the_others_and_is_judged_on_those_held_out"),
+    Mutant(STUDY, "        options.pop(key, None)\n", "        pass\n", f"{STUDY_GRID}::test_two_rules_that_arrive_at_one_rate_share_the_run"),
+    Mutant("benchmarks/study_store.py", "            fcntl.flock(folder, fcntl.LOCK_EX)\n", "", f"{STUDY_REPORT}::test_many_writers_lose_nothing"),
+    Mutant("benchmarks/study_store.py", 'line["images"] != run["images"]', "False", f"{STUDY_REPORT}::test_other_images_are_refused"),
+    Mutant("benchmarks/study_report.py", "equal_var=False", "equal_var=True", f"{STUDY_REPORT}::test_welch_is_that_of_the_textbook"),
+    Mutant("benchmarks/study_report.py", '100 / run["classes"] if run["state"] == "diverged" else ', "", f"{STUDY_REPORT}::test_a_run_that_diverged_counts_as_guessing_and_is_told"),
+    Mutant("benchmarks/study.py", "fcntl.LOCK_EX | fcntl.LOCK_NB", "fcntl.LOCK_SH | fcntl.LOCK_NB", "tests/launch/test_study.py::test_tasks_of_an_array_share_the_work"),
+    Mutant("benchmarks/study.py", ", pass_fds=[self.mine[run.id].fileno()]", "", "tests/launch/test_study.py::test_a_study_that_is_killed_goes_on_to_the_same_records"),
+    Mutant("dist_lars/data/sets.py", "train.subset(np.sort(order[held:]))", "train", "tests/unit/test_hold_out.py::test_both_parts_are_the_whole"),
 ]  # fmt: skip
 
 

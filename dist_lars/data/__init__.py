@@ -5,7 +5,7 @@ from dist_lars.data.folder import index_folder, val_folder
 from dist_lars.data.index import Index
 from dist_lars.data.loader import Batches, TrainOrder, ValOrder, batches
 from dist_lars.data.order import permutation, shard_indices, validation_range
-from dist_lars.data.sets import Sets, folder_sets, list_folders, open_index, synthetic_sets, val_images
+from dist_lars.data.sets import Sets, folder_sets, hold_out, list_folders, open_index, synthetic_sets, val_images
 from dist_lars.data.synthetic import cache_dir, digits_folder
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "digits_folder",
     "folder_sets",
     "hold",
+    "hold_out",
     "index_folder",
     "list_folders",
     "open_index",

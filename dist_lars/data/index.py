@@ -68,6 +68,16 @@ class Index:
             raise BadImage(self.where(i), f"the shard ends after {len(data)} of its {size} bytes")
         return data
 
+    def subset(self, numbers: np.ndarray) -> "Index":
+        """The images of these numbers, in this order."""
+        sizes = np.diff(self.ends, prepend=0)[numbers]
+        ends = np.cumsum(sizes, dtype=np.int64)
+        letters = np.arange(int(sizes.sum())) + np.repeat(self.ends[numbers] - ends, sizes)
+        places = self.places[numbers] if len(self.places) else self.places
+        return dataclasses.replace(
+            self, labels=self.labels[numbers], names=self.names[letters], ends=ends, places=places
+        )
+
     def header(self) -> dict[str, Any]:
         """What is not an array."""
         return {"root": self.root, "classes": self.classes, "shards": self.shards}

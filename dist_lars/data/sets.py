@@ -11,9 +11,11 @@ from dist_lars.data.decode import Picture
 from dist_lars.data.folder import check_same_classes, index_folder, split_folders
 from dist_lars.data.images import Images
 from dist_lars.data.index import Index
+from dist_lars.data.order import permutation
 from dist_lars.data.shards import is_packed, packed_index
 from dist_lars.data.synthetic import SyntheticImages
 from dist_lars.data.transforms import augment_generator, minimal_image, train_image, val_image
+from dist_lars.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,15 @@ def list_folders(path: str, val: str | None, cache: str | None = None) -> tuple[
     train, validation = open_index(train_folder, cache), open_index(val_folder, cache)
     check_same_classes(train, validation)
     return train, validation
+
+
+def hold_out(train: Index, share: float) -> tuple[Index, Index]:
+    """(the other images, this share of them), drawn once for all: a choice made on the share is one choice."""
+    order = permutation(len(train), seed=0, epoch=0)
+    held = round(share * len(train))
+    if not 0 < held < len(train):
+        raise UserError(f"data.hold_out {share:g} of {len(train):,} images leaves none on one side")
+    return train.subset(np.sort(order[held:])), train.subset(np.sort(order[:held]))
 
 
 def open_index(folder: str, cache: str | None = None) -> Index:

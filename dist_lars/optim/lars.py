@@ -46,6 +46,7 @@ class LARS(Optimizer):
     default      ``|g + wd w| + eps``       inside    1e-9    1e-3     nothing    ratio of optax.lars, momentum of paper
     paper        ``|g| + wd |w|``           inside    0       0        nothing    arXiv:1708.03888, Algorithm 1
     mlperf       ``|g| + wd |w|``           inside    0       0        BN, biases mlcommons/training lars_optimizer.py
+    outside      ``|g| + wd |w| + eps``     outside   1e-8    0        nothing    kakaobrain/torchlars, timm
     larc         ``|g| + wd |w| + eps``     outside   1e-8    0        nothing    NVIDIA/apex LARC.py, clip=True
     ============ ========================== ========= ======= ======== ========== ======================================
 

@@ -39,6 +39,11 @@ LAWS = {
         "as paper; BatchNorm and biases: no decay, local_lr = 1",
         "github.com/mlcommons/training, retired_benchmarks/resnet-tf2/tensorflow2/lars_optimizer.py",
     ),
+    "outside": Law(
+        "sum_of_norms", "outside", 1e-8, 0.0, False, "none", "none",
+        "local_lr = trust |w| / (|g| + wd |w| + eps); v = m v + local_lr (g + wd w); w -= lr v",
+        "github.com/kakaobrain/torchlars, torchlars/lars.py around torch's SGD; timm's and lightning-bolts' form",
+    ),
     "larc": Law(
         "sum_of_norms", "outside", 1e-8, 0.0, True, "none", "none",
         "local_lr = trust |w| / (|g| + wd |w| + eps); v = m v + min(1, local_lr / lr) (g + wd w); w -= lr v",

@@ -54,6 +54,7 @@ OTHERS_TAKEN_OUT = re.sub(rf"{BENCHMARK}|torchrun --nproc-per-node", "", README.
 @pytest.mark.parametrize("name", sorted(set(re.findall(OPTION, OTHERS_TAKEN_OUT))))
 def test_the_option_exists(name):
     others = {"help", "preset", "config", "dry_run", "world_size", "json", "list_presets", "gloo", "checkpoint", "size"}
+    others |= {"array", "launch", "list", "report", "workers"}  # of benchmarks.study and sbatch
     assert name in LEAVES or name in others
 
 
@@ -94,3 +95,9 @@ def test_the_option_is_read_somewhere(option):
 def test_links_lead_to_files(page):
     for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):
         assert (page.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("number", sorted(set(re.findall(r"\d+\.\d+ ± \d+\.\d+ \(\d+\)", README))))
+def test_an_accuracy_with_its_spread_is_one_of_a_study(number):
+    reports = [path.read_text() for path in (ROOT / "benchmarks/records").glob("study-*.md")]
+    assert any(number in text for text in reports)

@@ -218,7 +218,7 @@ def test_half_precision_takes_its_norms_in_float32(dtype: torch.dtype, denominat
 @pytest.mark.parametrize("w", [0.0, 1.0])
 @pytest.mark.parametrize("g", [0.0, 1.0])
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
-@pytest.mark.parametrize("law", ["default", "paper", "mlperf", "larc"])
+@pytest.mark.parametrize("law", ["default", "paper", "mlperf", "outside", "larc"])
 def test_zero_weights_and_zero_gradients_stay_finite(
     dtype: torch.dtype, w: float, g: float, weight_decay: float, law: str
 ) -> None:

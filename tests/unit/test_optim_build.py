@@ -78,7 +78,7 @@ def test_default_law_is_the_constructors_default() -> None:
 
 
 def test_laws_have_an_equation_and_a_source() -> None:
-    assert set(LAWS) == {"default", "paper", "mlperf", "larc"}
+    assert set(LAWS) == {"default", "paper", "mlperf", "outside", "larc"}
     assert all(law.equation and law.source for law in LAWS.values())
     assert LAWS["mlperf"].exclude_from_adaptation == LAWS["mlperf"].exclude_from_decay == "bn_bias"
 
@@ -92,5 +92,5 @@ def test_own_values_of_a_group_win() -> None:
 def test_unknown_names_are_refused_with_the_nearest() -> None:
     with pytest.raises(ValueError, match=r"unknown optimizer 'lasr' \(did you mean 'lars'\?\); known: lars, lamb, sgd"):
         build("lasr", groups(), lr=1.0)
-    with pytest.raises(ValueError, match=r"unknown law 'xyz'; known: default, paper, mlperf, larc"):
+    with pytest.raises(ValueError, match=r"unknown law 'xyz'; known: default, paper, mlperf, outside, larc"):
         build("lars", groups(), lr=1.0, law="xyz")

@@ -1,0 +1,238 @@
+"""`python -m benchmarks.study STUDY.yaml`: train every cell of a grid with `dist_lars.train`, and report.
+
+    python -m benchmarks.study benchmarks/studies/digits.yaml
+    python -m benchmarks.study benchmarks/studies/lars_vs_sgd.yaml --data.path /data/cifar10 --workers 2
+    python -m benchmarks.study benchmarks/studies/lars_vs_sgd.yaml --list       what there is to do, and what it costs
+    python -m benchmarks.study benchmarks/studies/lars_vs_sgd.yaml --report     tables and plots of what there is
+
+Each run is a process of its own, `python -m dist_lars.train`, or ranks that `--launch "horovodrun -np 2"` starts. A run
+that is finished is a line of benchmarks/records/study-NAME.jsonl and is never repeated; start the same command again
+after any interruption. Several processes, also on several nodes, may work on one study: they take what is free. Options
+of the trainer (`--epochs 2`, `--data.workers 4`) hold for every run.
+"""
+
+import argparse
+import fcntl
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import IO, Any
+
+from benchmarks import record, study_grid, study_report, study_store
+from dist_lars.cli import make_parser, normalise
+from dist_lars.errors import UserError
+from dist_lars.resources import cores, pick_autocast, pick_device
+from dist_lars.runlog import read_status
+from dist_lars.stopping import EXIT_STOPPED
+
+POLL = 5.0  # seconds between two looks at what other processes have done
+HOPELESS = 3  # failures without a single success: the study is wrong, not the runs
+NEVER = 10**6  # seconds: a run that gets no CPU for an hour is not hanging
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Do what is missing, then report; exit code 1 if a run failed, 75 if it was stopped."""
+    args, overrides = parse(sys.argv[1:] if argv is None else argv)
+    try:
+        study = study_grid.load(args.study, "data.path" in overrides, overrides)
+        store = study_store.Store(args.records, study.name)
+        if args.list:
+            print(study_report.to_do(study, store.runs()))
+            return
+        code = 0 if args.report else Runner(study, store, args).go()
+        if store.runs():
+            print(study_report.write(study, store))
+    except UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+        raise SystemExit(2) from None
+    raise SystemExit(code)
+
+
+def parse(argv: list[str]) -> tuple[argparse.Namespace, dict[str, Any]]:
+    """(our own options, those of the trainer)."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("study", type=Path, help="a STUDY.yaml")
+    parser.add_argument("--workers", type=int, default=1, help="runs at the same time on this machine")
+    parser.add_argument("--launch", default="", help='what starts the ranks of a run, e.g. "horovodrun -np 2"')
+    parser.add_argument("--task", type=int, default=0, help="of an array job: begin with every OF-th run from here")
+    parser.add_argument("--of", type=int, default=1, help="tasks of the array job")
+    parser.add_argument("--records", type=Path, default=record.RECORDS, help="folder of records and reports")
+    parser.add_argument("--work", type=Path, default=Path("runs"), help="folder of the runs, removed when recorded")
+    parser.add_argument("--keep", action="store_true", help="leave run directories, with their checkpoints")
+    parser.add_argument("--max_runs", type=int, default=10**9, help="stop after so many runs")
+    parser.add_argument("--list", action="store_true", help="say what there is to do, and stop")
+    parser.add_argument("--report", action="store_true", help="write the report of what there is, and stop")
+    args, rest = parser.parse_known_args(argv)
+    if not 0 <= args.task < args.of or args.workers < 1:
+        parser.error("--task I --of N needs 0 <= I < N, --workers at least 1")
+    try:
+        words = normalise(rest, make_parser("study", ""))
+    except UserError as e:
+        parser.error(str(e))
+    return args, dict(_pairs(words, parser))
+
+
+def _pairs(words: list[str], parser: argparse.ArgumentParser) -> list[tuple[str, str]]:
+    found, left = [], iter(words)
+    for word in left:
+        name, equals, value = word.partition("=")
+        value = value if equals else next(left, "")
+        if not name.startswith("--") or not value:
+            parser.error(f"{word}: options of the trainer are written --key value")
+        found.append((name[2:], value))
+    return found
+
+
+class Runner:
+    """Threads that each take the next free run, train it in a process and record it."""
+
+    def __init__(self, study: study_grid.Study, store: study_store.Store, args: argparse.Namespace) -> None:
+        self.study, self.store, self.args = study, store, args
+        self.work = args.work / f"study-{study.name}"
+        self.work.mkdir(parents=True, exist_ok=True)
+        self.changed = threading.Condition()
+        self.mine: dict[str, IO[Any]] = {}  # run -> its lock
+        self.failed: dict[str, str] = {}  # run -> why
+        self.stop, self.started, self.recorded = "", 0, 0
+        self.broken: BaseException | None = None
+        # Named once: the clone may change while the study runs.
+        precision = study.base.get("precision", "auto")
+        number = pick_autocast(precision, pick_device(study.base.get("device", "auto"), 0))
+        self.machine = study_store.machine("fp32" if number is None else str(number).removeprefix("torch."))
+
+    def go(self) -> int:
+        """Work until nothing is left that could be done; the exit code."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda n, _: self._ask_to_stop(signal.Signals(n).name))
+        workers = [threading.Thread(target=self._work) for _ in range(self.args.workers)]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            while worker.is_alive():
+                worker.join(1.0)  # a join without limit would keep signals waiting
+        if self.broken:
+            raise self.broken
+        for name, why in self.failed.items():
+            print(f"failed: run {name}: {why}", file=sys.stderr)
+        if self.stop:
+            print(f"stopped ({self.stop}); the same command goes on from here", file=sys.stderr)
+        return EXIT_STOPPED if self.stop else int(bool(self.failed))
+
+    def _ask_to_stop(self, why: str) -> None:
+        # No lock: this interrupts a thread that may hold it.
+        self.stop = why
+        for name in list(self.mine):
+            if (self.work / name).is_dir():
+                (self.work / name / "STOP").touch()
+
+    def _work(self) -> None:
+        try:
+            while run := self._next():
+                self._train(run)
+        except BaseException as e:  # a thread's error would be lost
+            self.broken, self.stop = e, "an error"
+
+    # --- taking a run -------------------------------------------------------------------------------------------------
+
+    def _next(self) -> study_grid.Run | None:
+        """The first run that is neither done nor taken; waits while others may open up new ones."""
+        with self.changed:
+            while not self.stop and self.started < self.args.max_runs:
+                done = self.store.runs()
+                known = {run.id: run for run in study_grid.runs(self.study, done)}
+                missing = [run for name, run in known.items() if name not in done and name not in self.failed]
+                if not missing:
+                    return None
+                for run in self._own_first(missing):
+                    if run.id not in self.mine and self._claim(run):
+                        self.started += 1
+                        return run
+                self.changed.wait(POLL)
+            return None
+
+    def _own_first(self, missing: list[study_grid.Run]) -> list[study_grid.Run]:
+        task, of = self.args.task, self.args.of
+        return [run for shift in range(of) for run in missing[(task + shift) % of :: of]]
+
+    def _claim(self, run: study_grid.Run) -> bool:
+        """Lock a run, against other processes too; the trainer inherits the lock, which ends with the last of us."""
+        lock = (self.work / f"{run.id}.lock").open("w")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.close()
+            return False
+        if run.id in self.store.runs():  # another process has finished it since we looked
+            lock.close()
+            return False
+        self.mine[run.id] = lock
+        return True
+
+    # --- training it --------------------------------------------------------------------------------------------------
+
+    def _train(self, run: study_grid.Run) -> None:
+        folder = self.work / run.id
+        folder.mkdir(exist_ok=True)
+        options = {"resume.keep": 1, "guard.hang_seconds": NEVER, **run.options, "name": self.study.name}
+        study_store.options_file(self.work / f"{run.id}.yaml", options)
+        words = [sys.executable, "-m", "dist_lars.train", "--config", str(self.work / f"{run.id}.yaml")]
+        for stale in ("STOP", "status.json"):  # of an earlier process
+            (folder / stale).unlink(missing_ok=True)
+        self._say(run, "starts")
+        code, seconds = self._launch([*shlex.split(self.args.launch), *words, "--run_dir", str(folder)], run)
+        status = read_status(folder) or {}
+        if code == 0 or str(status.get("reason")).startswith("Diverged"):
+            line = study_store.summary(run, folder, seconds)
+            self.recorded += 1
+            self.store.add(line, self.machine, study_report.header(self.study))
+            self._say(run, f"top-1 {line['top1']}" if line["top1"] is not None else f"diverged at step {line['step']}")
+            self._forget(run)
+        elif status.get("state") == "stopped":
+            self.stop = self.stop or str(status.get("reason"))
+        else:
+            output = (self.work / f"{run.id}.log").read_text(encoding="utf-8", errors="replace").strip()
+            self._set_aside(run.id, f"exit code {code}: {output[-600:]}")
+        with self.changed:
+            self.mine.pop(run.id).close()
+            self.changed.notify_all()
+
+    def _launch(self, words: list[str], run: study_grid.Run) -> tuple[int, float]:
+        """Exit code, and seconds of CPU that the process and its children took."""
+        threads = max(1, cores() // self.args.workers)
+        root = str(Path(__file__).parent.parent)
+        env = {"OMP_NUM_THREADS": str(threads), **os.environ}
+        env["PYTHONPATH"] = os.pathsep.join([root, *filter(None, [env.get("PYTHONPATH")])])
+        with (self.work / f"{run.id}.log").open("a") as log:
+            process = subprocess.Popen(
+                words, env=env, stdout=log, stderr=log, stdin=subprocess.DEVNULL, pass_fds=[self.mine[run.id].fileno()]
+            )
+            _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        return process.returncode, usage.ru_utime + usage.ru_stime
+
+    def _forget(self, run: study_grid.Run) -> None:
+        for suffix in (".yaml", ".log"):
+            (self.work / f"{run.id}{suffix}").unlink(missing_ok=True)
+        if not self.args.keep:
+            shutil.rmtree(self.work / run.id, ignore_errors=True)
+
+    def _set_aside(self, name: str, why: str) -> None:
+        with self.changed:
+            self.failed[name] = why
+            if len(self.failed) == HOPELESS and not self.recorded:
+                self.stop = f"the first {HOPELESS} runs failed"
+            self.changed.notify_all()
+
+    def _say(self, run: study_grid.Run, what: str) -> None:
+        print(f"{run.id} {run.cell.key}, {run.stage}, {run.factor:g} x, seed {run.seed}: {what}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,280 @@
+"""What the records of a study say: tables, tests, plots, and what is still to do.
+
+Accuracies of a cell are given as mean and sample standard deviation over seeds. Two cells are compared by Welch's test
+(unequal variances), with the 95 % interval of the difference; p values of one study are corrected by Holm's rule. A run
+that diverged counts as guessing.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from benchmarks import show, study_grid, study_plots
+from benchmarks.study_grid import Cell, Study
+from benchmarks.study_store import Store
+
+Line = Mapping[str, Any]
+
+
+class Compared(NamedTuple):
+    """A minus b: the difference of means, its 95 % interval, and p of no difference."""
+
+    difference: float
+    low: float
+    high: float
+    p: float
+
+
+def accuracy(run: Line) -> float:
+    """Top-1 in percent; guessing for a run that diverged."""
+    return 100 / run["classes"] if run["state"] == "diverged" else run["top1"]
+
+
+def welch(a: Sequence[float], b: Sequence[float]) -> Compared | None:
+    """Welch's test of mean(a) = mean(b); None with fewer than two values on a side, or none that vary."""
+    from scipy import stats
+
+    if min(len(a), len(b)) < 2 or statistics.stdev(a) + statistics.stdev(b) == 0:
+        return None
+    test = stats.ttest_ind(a, b, equal_var=False)
+    low, high = test.confidence_interval(0.95)
+    return Compared(statistics.mean(a) - statistics.mean(b), float(low), float(high), float(test.pvalue))
+
+
+def holm(values: Sequence[float]) -> list[float]:
+    """p values corrected for their number (Holm 1979)."""
+    order = sorted(range(len(values)), key=lambda i: values[i])
+    corrected, largest = [0.0] * len(values), 0.0
+    for place, i in enumerate(order):
+        largest = max(largest, min(1.0, (len(values) - place) * values[i]))
+        corrected[i] = largest
+    return corrected
+
+
+def mean_and_spread(values: Sequence[float]) -> str:
+    """`71.2 ± 0.3 (3)`."""
+    if not values:
+        return ""
+    spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.2f}{spread} ({len(values)})"
+
+
+class Results:
+    """The records of a study by cell."""
+
+    def __init__(self, study: Study, records: study_grid.Records) -> None:
+        self.study, self.records = study, records
+        self.cells = study_grid.cells(study)
+        self.factors = {k: v for group in study_grid.groups(study) for k, v in self._sweeps(group).items()}
+        self.known = study_grid.runs(study, records)
+
+    def _sweeps(self, group: list[Cell]) -> dict[str, list[float]]:
+        return study_grid.sweeps(self.study, group, self.records)
+
+    def of(self, cell: Cell, stage: str = "final") -> list[Line]:
+        """The finished runs of a cell, in order."""
+        mine = [run.id for run in self.known if run.cell.key == cell.key and run.stage == stage]
+        return [self.records[name] for name in mine if name in self.records]
+
+    def top1(self, cell: Cell) -> list[float]:
+        """Accuracies of the final runs."""
+        return [accuracy(run) for run in self.of(cell)]
+
+    def scores(self, cell: Cell) -> dict[float, float | None]:
+        """{factor: accuracy on the images held out}."""
+        return {f: study_grid.score(self.study, cell, f, self.records) for f in self.factors[cell.key]}
+
+
+# --- tables -----------------------------------------------------------------------------------------------------------
+
+
+def write(study: Study, store: Store) -> str:
+    """Write study-NAME.md and its plots beside the records; the report."""
+    results = Results(study, store.runs())
+    plots = study_plots.write(results, store.folder)
+    parts = [
+        f"# {study.title or study.name}",
+        _state(results),
+        _method(study),
+        "## Top-1 accuracy, %",
+        _main(results),
+        *([] if not (table := _comparisons(results)) else ["## Differences", table]),
+        "## Runs",
+        _details(results),
+        *([] if not study.select else ["## How the learning rates were chosen", _rates(results)]),
+        "## Plots",
+        "\n\n".join(f"![{title}]({path.name})" for title, path in plots.items()),
+        "## Where",
+        _where(store),
+    ]
+    text = "\n\n".join(part for part in parts if part) + "\n"
+    path = store.path.with_suffix(".md")
+    aside = path.with_suffix(".tmp")
+    aside.write_text(text, encoding="utf-8")
+    aside.replace(path)
+    return text
+
+
+def header(study: Study) -> dict[str, Any]:
+    """What the records say of the study itself."""
+    return {"name": study.name, "title": study.title, "data": study.data, "select": study.select, "final": study.final}
+
+
+def _state(results: Results) -> str:
+    known = {run.id for run in results.known}
+    complete = sum(len(results.of(c)) == len(results.study.final["seeds"]) for c in results.cells)
+    state = "Complete" if complete == len(results.cells) else "In progress"
+    return (
+        f"{results.study.data}. {state}: {complete} of {len(results.cells)} cells have all their seeds; "
+        f"{len(known & set(results.records))} of {len(known)} runs that are known by now are done."
+    )
+
+
+def _method(study: Study) -> str:
+    seeds = len(study.final["seeds"])
+    text = f"Mean ± standard deviation (runs) over {seeds} seeds; the test images are read once, at the end of a run."
+    if study.select:
+        s = study.select
+        text += (
+            f" The learning rate of every cell is the best of {len(s['factors'])} multiples of its rule's, on "
+            f"{100 * s['hold_out']:g} % of the training images held out, with {len(s['seeds'])} seed(s)"
+            + (f" and {s['epochs']} epochs" if s["epochs"] else "")
+            + f"; where a best one lies at the edge, every cell compared with it gets one more (up to {s['extend']})."
+        )
+    return text
+
+
+def _main(results: Results) -> str:
+    study, rows = results.study, {}
+    for cell in sorted(results.cells, key=lambda c: study_plots.order(study, c)):
+        labels = {k: v for k, v in cell.labels.items() if k != study.series}
+        row = rows.setdefault(tuple(labels.values()), {**labels, "steps per epoch": _steps(cell)})
+        row[cell.labels[study.series]] = mean_and_spread(results.top1(cell))
+    return show.markdown(rows.values())
+
+
+def _steps(cell: Cell) -> int:
+    return study_grid.plan_of(cell.options).steps_per_epoch
+
+
+def _comparisons(results: Results) -> str:
+    """The reference against every other series of its group."""
+    study = results.study
+    reference = study.report.get("reference")
+    rows = []
+    for group in study_grid.groups(study) if reference else []:
+        ours = next(cell for cell in group if cell.labels[study.series] == reference)
+        for other in group:
+            test = welch(results.top1(ours), results.top1(other)) if other is not ours else None
+            if test:
+                rows.append(
+                    {
+                        **{k: v for k, v in other.labels.items() if k != study.series},
+                        "steps per epoch": _steps(other),
+                        "difference": f"{reference} - {other.labels[study.series]}",
+                        "points": round(test.difference, 2),
+                        "95 % interval": f"{test.low:.2f} to {test.high:.2f}",
+                        "p": test.p,
+                    }
+                )
+    for row, corrected in zip(rows, holm([row["p"] for row in rows]), strict=True):
+        row["p, Holm"], row["p"] = f"{corrected:.2g}", f"{row['p']:.2g}"
+    return show.markdown(rows) if rows else ""
+
+
+def _details(results: Results) -> str:
+    rows = []
+    for cell in sorted(results.cells, key=lambda c: study_plots.order(results.study, c)):
+        runs = results.of(cell)
+        if not runs:
+            continue
+        sound = [run for run in runs if run["state"] != "diverged"]
+        rows.append(
+            {
+                **cell.labels,
+                "steps per epoch": runs[0]["steps_per_epoch"],
+                "rate": runs[0]["lr"],
+                "top-1": mean_and_spread([accuracy(run) for run in runs]),
+                "top-5": mean_and_spread([run["top5"] for run in sound]),
+                "loss": mean_and_spread([run["loss"] for run in sound]),
+                "diverged": len(runs) - len(sound),
+                "training, s": round(statistics.median(run["seconds"] for run in runs)),
+                "CPU, s": round(statistics.median(run["cpu_seconds"] for run in runs)),
+            }
+        )
+    return show.markdown(rows) if rows else "None yet."
+
+
+def _rates(results: Results) -> str:
+    study, rows, warnings = results.study, [], []
+    for cell in sorted(results.cells, key=lambda c: study_plots.order(study, c)):
+        scores = {f: s for f, s in results.scores(cell).items() if s is not None}
+        if not scores:
+            continue
+        rate = study_grid.plan_of(cell.options).rate.peak
+        best = study_grid.chosen(study, cell, results.factors[cell.key], results.records)
+        told = [
+            f"{_bold(f'{f * rate:.3g}', f == best)}: {'diverged' if s < 0 else f'{s:.1f}'}" for f, s in scores.items()
+        ]
+        rows.append(
+            {**cell.labels, "rule's rate": f"{rate:.3g}", "rate: top-1 on the images held out": ", ".join(told)}
+        )
+        if best is not None and study_grid.at_edge(study, cell, results.factors[cell.key], results.records):
+            warnings.append(f"- **at the edge**: {cell.key}: the best rate, {best * rate:.3g}, is the last one tried")
+    return "\n\n".join([show.markdown(rows) if rows else "None yet.", "\n".join(warnings)]).strip()
+
+
+def _bold(text: str, yes: bool) -> str:
+    return f"**{text}**" if yes else text
+
+
+def _where(store: Store) -> str:
+    lines = []
+    for line in store.lines():
+        if line["kind"] == "machine":
+            m, v = line["machine"], line["versions"]
+            lines.append(
+                f"- {line['id']}: {m['cpu']}, {m['cores']} cores, {line['precision']}, torch {v.get('torch')}, commit "
+                f"{(line['git']['commit'] or 'unknown')[:12]}" + " with changes" * line["git"]["dirty"]
+            )
+    return "\n".join(lines)
+
+
+# --- what is to do ----------------------------------------------------------------------------------------------------
+
+
+def to_do(study: Study, records: study_grid.Records) -> str:
+    """The runs that are missing, and what they cost at the speed of those that are done."""
+    results = Results(study, records)
+    missing = list({run.id: run for run in results.known if run.id not in records}.values())
+    later = {cell.key for cell in results.cells} - {run.cell.key for run in results.known if run.stage == "final"}
+    own = [
+        study_grid.final_run(study, c, 1.0, s) for c in results.cells if c.key in later for s in study.final["seeds"]
+    ]
+    waiting = list({run.id: run for run in own}.values())
+    speeds = _speeds(records)
+    lines = [f"{run.id}  {run.cell.key}  {run.stage}  x {run.factor:g}  seed {run.seed}" for run in missing]
+    images: dict[str, float] = {}
+    for run in [*missing, *waiting]:
+        plan, name = run.plan(), run.options["model.name"]
+        images[name] = images.get(name, 0) + plan.epochs * plan.steps_per_epoch * plan.batch_size
+    lines.append(
+        f"{len(records)} runs done, {len(missing)} to do, {len(waiting)} more when the rates are chosen, "
+        f"and those that extend a sweep"
+    )
+    for name, count in images.items():
+        cost = f", about {count / speeds[name] / 3600:.1f} hours of one core" if name in speeds else ""
+        lines.append(f"{name}: {count / 1e6:.1f} million images{cost}")
+    return "\n".join(lines)
+
+
+def _speeds(records: study_grid.Records) -> dict[str, float]:
+    """Images per second of CPU by network, evaluation and start included."""
+    found: dict[str, list[float]] = {}
+    for run in records.values():
+        if run["state"] == "finished":
+            count = run["epochs"] * run["steps_per_epoch"] * run["options"]["batch_size"]
+            found.setdefault(run["options"]["model.name"], []).append(count / max(run["cpu_seconds"], 1e-9))
+    return {name: statistics.median(values) for name, values in found.items()}

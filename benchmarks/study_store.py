@@ -1,0 +1,159 @@
+"""The records of a study: one JSON object per line, a file small enough for git.
+
+A line of kind `study` says what was asked, one of kind `machine` where and with what it was measured (runs name it by
+`on`), one of kind `run` what one run did. Lines are added by rewriting the file aside and renaming it, under a lock,
+so that many processes and nodes may share it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from benchmarks import record
+from dist_lars import runlog
+from dist_lars.config import MAY_DIFFER_ON_RESUME, from_flat
+from dist_lars.errors import UserError
+
+Line = dict[str, Any]
+
+
+class Store:
+    """study-NAME.jsonl in a folder."""
+
+    def __init__(self, folder: Path, name: str) -> None:
+        self.folder, self.path = folder, folder / f"study-{name}.jsonl"
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def lines(self) -> list[Line]:
+        """All of them, oldest first."""
+        if not self.path.exists():
+            return []
+        return [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
+
+    def runs(self) -> dict[str, Line]:
+        """{id: record} of the runs that are done."""
+        return {line["id"]: line for line in self.lines() if line["kind"] == "run"}
+
+    def add(self, run: Line, machine: Line, study: Line) -> None:
+        """Add a run, where it was measured and what study it is of, each once."""
+        on = _digest(machine)
+        with self._alone():
+            lines = self.lines()
+            _refuse_other_images(self.path, lines, run)
+            if not any(line["kind"] == "study" for line in lines):
+                lines.insert(0, {"kind": "study", **study})
+            if not any(line["kind"] == "machine" and line["id"] == on for line in lines):
+                lines.append({"kind": "machine", "id": on, **machine})
+            if not any(line["kind"] == "run" and line["id"] == run["id"] for line in lines):
+                lines.append({"kind": "run", **run, "on": on})
+            aside = self.path.with_suffix(f".{os.getpid()}.tmp")
+            aside.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+            aside.replace(self.path)
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        folder = os.open(self.folder, os.O_RDONLY)
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(folder)
+
+
+def _digest(content: Line) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def _refuse_other_images(path: Path, lines: list[Line], run: Line) -> None:
+    """Accuracies on different images are not to stand in one table."""
+    for line in lines:
+        if line["kind"] == "run" and line["stage"] == run["stage"] and line["images"] != run["images"]:
+            raise UserError(
+                f"{path} holds runs on {line['images']} images (training, evaluated), and this one had "
+                f"{run['images']}: other images belong into other records, --records DIR"
+            )
+
+
+# --- one run ----------------------------------------------------------------------------------------------------------
+
+
+def summary(run: Any, run_dir: Path, cpu_seconds: float) -> Line:
+    """What the log of a finished or diverged run says of `run`, a `study_grid.Run`."""
+    status = runlog.read_status(run_dir) or {}
+    start = runlog.read(run_dir, "start")[-1]
+    plan, train = start["plan"], _lines(run_dir, "train")
+    end = (runlog.read(run_dir, "end") or [{}])[-1]
+    scores = {key: _short(end[key]) if key in end else None for key in ("top1", "top5", "loss")}
+    checks = _lines(run_dir, "eval") if run.stage == "select" else []
+    return {
+        "id": run.id,
+        "cell": run.cell.labels,
+        "stage": run.stage,
+        "factor": run.factor,
+        "lr": plan["peak_lr"],
+        "seed": run.seed,
+        "state": "finished" if end else "diverged",
+        **({} if end else {"reason": status.get("reason"), "step": status.get("step")}),
+        **scores,
+        "epochs": plan["epochs"],
+        "steps_per_epoch": plan["steps_per_epoch"],
+        "images": [plan["train_images"], plan["val_images"]],
+        "classes": start["classes"],
+        "ranks": plan["world_size"],
+        "seconds": round(sum(line["count"] / line["images_per_s"] for line in train), 1),
+        "cpu_seconds": round(cpu_seconds, 1),
+        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "command": "python -m dist_lars.train --config OPTIONS.yaml",
+        "options": {k: v for k, v in run.options.items() if not k.startswith(MAY_DIFFER_ON_RESUME)},
+        "train_loss": [_short(line["loss"]) for line in train],
+        "train_top1": [_short(line["top1"]) for line in train],
+        "held_out_top1": [_short(line["top1"]) for line in checks],
+        **_trust(run_dir, layers=run.stage == "final"),
+    }
+
+
+def _lines(run_dir: Path, kind: str) -> list[Line]:
+    """One line per step: a run that was killed and went on from a checkpoint has told some of them twice."""
+    return list({line["step"]: line for line in runlog.read(run_dir, kind)}.values())
+
+
+def _trust(run_dir: Path, layers: bool) -> Line:
+    """Trust ratios over time: their quantiles, of whole runs every tensor's."""
+    lines = _lines(run_dir, "trust")
+    if not lines:
+        return {}
+    found: Line = {
+        "trust_steps": [line["step"] for line in lines],
+        "trust_quantiles": [[_short(q) for q in line["quantiles"]] for line in lines],
+    }
+    if layers:
+        names = list(lines[0]["ratios"])
+        found["trust_ratios"] = {name: [_short(line["ratios"][name], 3) for line in lines] for name in names}
+    return found
+
+
+def _short(value: float, digits: int = 5) -> float:
+    return float(f"{value:.{digits}g}")
+
+
+def machine(precision: str) -> Line:
+    """Where this process runs; `precision` as the runs compute."""
+    facts = record.circumstances()
+    facts["machine"].pop("threads")
+    return {**facts, "precision": precision}
+
+
+def options_file(path: Path, options: dict[str, Any]) -> None:
+    """What `--config` reads."""
+    from_flat(options)
+    path.write_text(yaml.safe_dump(options, sort_keys=False), encoding="utf-8")

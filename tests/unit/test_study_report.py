@@ -1,0 +1,206 @@
+"""The records of a study and what is made of them: statistics, tables, plots, storage."""
+
+import json
+import threading
+
+import pytest
+from study_tools import TINY, finish, record, study
+
+from benchmarks import study_grid, study_report, study_store
+from dist_lars.errors import UserError
+
+
+def accuracy(run):
+    """LARS wins by 5 points; SGD diverges at 256 with seed 3."""
+    if run.stage == "select":
+        return 80 - 10 * abs(run.factor - 1)
+    lars = run.cell.labels["arm"] == "LARS"
+    if run.seed == 3 and run.cell.key == "256 | SGD":
+        return None
+    return 70 + 5 * lars + run.seed / 10
+
+
+@pytest.fixture
+def told(tmp_path):
+    """(study, store, its report)."""
+    wanted = study(tmp_path)
+    store = study_store.Store(tmp_path / "records", wanted.name)
+    machine = {"machine": {"cpu": "abacus", "cores": 2}, "versions": {"torch": "9"}, "precision": "fp32",
+               "git": {"commit": "0123456789abcdef", "dirty": False}}  # fmt: skip
+    for line in finish(wanted, accuracy).values():
+        line = {k: v for k, v in line.items() if k != "kind"}
+        store.add(line, machine, study_report.header(wanted))
+    return wanted, store, study_report.write(wanted, store)
+
+
+def test_welch_is_that_of_the_textbook():
+    """Welch 1947's statistic by hand for (1, 2, 3, 4) and (2, 4, 6, 8, 10): t = -2.2514, 5.52 degrees of freedom."""
+    found = study_report.welch([1.0, 2.0, 3.0, 4.0], [2.0, 4.0, 6.0, 8.0, 10.0])
+    assert found.difference == pytest.approx(-3.5)
+    assert found.p == pytest.approx(0.0690, abs=5e-4)
+    assert (found.low + found.high) / 2 == pytest.approx(-3.5)
+    assert found.low < found.difference < found.high
+
+
+@pytest.mark.parametrize(("a", "b"), [([1.0], [2.0, 3.0]), ([], []), ([1.0, 1.0], [2.0, 2.0])])
+def test_no_test_without_a_spread(a, b):
+    assert study_report.welch(a, b) is None
+
+
+def test_holm_corrects_for_the_number_of_tests():
+    assert study_report.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert study_report.holm([0.5, 0.9]) == pytest.approx([1.0, 1.0])
+    assert study_report.holm([]) == []
+
+
+def test_mean_and_spread():
+    assert study_report.mean_and_spread([70.0, 71.0, 72.0]) == "71.00 ± 1.00 (3)"
+    assert study_report.mean_and_spread([70.0]) == "70.00 (1)"
+    assert study_report.mean_and_spread([]) == ""
+
+
+def test_the_main_table_has_the_steps_per_epoch_beside_every_batch(told):
+    _, _, text = told
+    assert "| batch_size | steps per epoch | SGD | LARS |" in text
+    assert "| 64 | 23 | 70.20 ± 0.10 (3) | 75.20 ± 0.10 (3) |" in text
+
+
+def test_a_run_that_diverged_counts_as_guessing_and_is_told(told):
+    _, _, text = told
+    assert "| 256 | 5 | 50.10 ± 34.73 (3) | 75.20 ± 0.10 (3) |" in text  # (70.1 + 70.2 + 10) / 3
+    row = next(line for line in text.splitlines() if line.startswith("| 256 | SGD") and "99.00" in line)
+    assert "99.00 ± 0.00 (2)" in row
+    assert row.split("|")[8].strip() == "1"
+
+
+def test_differences_are_of_the_reference_with_their_interval(told):
+    _, _, text = told
+    line = next(line for line in text.splitlines() if "LARS - SGD" in line and line.startswith("| 64"))
+    assert "5.0" in line
+    assert "4.77 to 5.23" in line
+
+
+def test_the_state_is_honest(told, tmp_path):
+    wanted, store, text = told
+    assert "Complete: 4 of 4 cells" in text
+    lines = store.path.read_text().splitlines()
+    (tmp_path / "part").mkdir()
+    part = study_store.Store(tmp_path / "part", wanted.name)
+    part.path.write_text("\n".join(lines[:-5]) + "\n")
+    text = study_report.write(wanted, part)
+    assert "In progress: 1 of 4 cells have all their seeds; 19 of 24 runs" in text
+
+
+def test_a_rate_at_the_edge_is_warned_of(tmp_path):
+    wanted = study(tmp_path, select={**TINY["select"], "extend": 0})
+    results = study_report.Results(wanted, finish(wanted, lambda run: 50 + run.factor))
+    text = study_report._rates(results)
+    assert "**at the edge**: 64 | LARS: the best rate, 8, is the last one tried" in text
+    inside = study_report.Results(wanted, finish(wanted, accuracy))
+    assert "at the edge" not in study_report._rates(inside)
+
+
+def test_a_shared_run_counts_for_both_cells(tmp_path):
+    rules = {"linear": {"schedule.scaling": "linear"}, "sqrt": {"schedule.scaling": "sqrt"}}
+    axes = {"batch_size": [64], "arm": rules}  # the base batch, where the rules agree
+    wanted = study(tmp_path, axes=axes, report={"x": "batch_size", "series": "arm"})
+    results = study_report.Results(wanted, finish(wanted, lambda run: 60 - abs(run.factor - 1) + run.seed))
+    assert [results.top1(cell) for cell in results.cells] == [[61, 62, 63]] * 2
+    assert len(results.records) == 3 + 3
+
+
+def test_plots_are_drawn(told):
+    _, store, text = told
+    for name in ("accuracy", "curves", "rates", "trust"):
+        assert (store.folder / f"study-tiny-{name}.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+        assert f"study-tiny-{name}.png" in text
+
+
+def test_what_is_to_do_is_counted_with_its_cost(tmp_path):
+    wanted = study(tmp_path)
+    text = study_report.to_do(wanted, {})
+    assert "0 runs done, 12 to do, 12 more when the rates are chosen" in text
+    # sweeps: 12 runs of 2 epochs of 18 x 64 or 4 x 256; finals: 12 runs of 4 epochs of 23 x 64 or 5 x 256
+    assert f"cnn_small: {(6 * 2 * (18 * 64 + 4 * 256) + 6 * 4 * (23 * 64 + 5 * 256)) / 1e6:.1f} million images" in text
+    assert "12 runs" not in study_report.to_do(wanted, finish(wanted, accuracy))
+
+
+# --- the file ---------------------------------------------------------------------------------------------------------
+
+MACHINE = {"machine": {"cpu": "x"}}
+
+
+def test_a_line_is_stored_once_and_machines_once(tmp_path):
+    store = study_store.Store(tmp_path, "x")
+    for name in ("a", "b", "a"):
+        store.add({"id": name, "stage": "final", "images": [2, 1]}, MACHINE, {"name": "x"})
+    assert [line["kind"] for line in store.lines()] == ["study", "machine", "run", "run"]
+    assert list(store.runs()) == ["a", "b"]
+    assert {run["on"] for run in store.runs().values()} == {store.lines()[1]["id"]}
+    assert [p.name for p in tmp_path.iterdir()] == ["study-x.jsonl"]  # nothing of the writing is left behind
+
+
+def test_many_writers_lose_nothing(tmp_path):
+    def write(worker: int) -> None:
+        store = study_store.Store(tmp_path, "x")
+        for i in range(20):
+            store.add({"id": f"{worker}-{i}", "stage": "final", "images": [2, 1]}, MACHINE, {"name": "x"})
+
+    threads = [threading.Thread(target=write, args=(n,)) for n in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(study_store.Store(tmp_path, "x").runs()) == 80
+
+
+def test_other_images_are_refused(tmp_path):
+    store = study_store.Store(tmp_path, "x")
+    store.add({"id": "a", "stage": "final", "images": [50_000, 10_000]}, MACHINE, {})
+    store.add({"id": "b", "stage": "select", "images": [45_000, 5_000]}, MACHINE, {})
+    with pytest.raises(UserError, match="other images belong into other records"):
+        store.add({"id": "c", "stage": "final", "images": [1_281_167, 50_000]}, MACHINE, {})
+    assert list(store.runs()) == ["a", "b"]
+
+
+def test_a_run_that_was_killed_and_went_on_tells_each_epoch_once(tmp_path):
+    """After a kill between log line and checkpoint, the epoch is done and told again."""
+    wanted = study(tmp_path)
+    run = study_grid.runs(wanted, {})[0]
+    plan = run.plan().as_dict()
+    facts = [
+        {"kind": "start", "plan": plan, "classes": 10},
+        {"kind": "train", "step": 18, "loss": 2.0, "top1": 20.0, "count": 1152, "images_per_s": 100.0},
+        {"kind": "start", "plan": plan, "classes": 10},
+        {"kind": "train", "step": 18, "loss": 1.9, "top1": 21.0, "count": 1152, "images_per_s": 100.0},
+        {"kind": "eval", "step": 18, "top1": 30.0},
+        {"kind": "train", "step": 36, "loss": 1.5, "top1": 40.0, "count": 1152, "images_per_s": 50.0},
+        {"kind": "eval", "step": 36, "top1": 50.0},
+        {"kind": "end", "top1": 50.0, "top5": 90.0, "loss": 1.4},
+    ]
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in facts))
+    line = study_store.summary(run, tmp_path, 40.0)
+    assert (line["train_top1"], line["held_out_top1"]) == ([21.0, 40.0], [30.0, 50.0])
+    assert line["seconds"] == pytest.approx(11.52 + 23.04, abs=0.06)
+    assert (line["state"], line["top1"], line["classes"]) == ("finished", 50.0, 10)
+    assert line["options"]["optim.lr"] == run.options["optim.lr"]
+
+
+def test_stored_studies_are_complete():
+    for path in sorted(study_store.record.RECORDS.glob("study-*.jsonl")):
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        assert [line["kind"] for line in lines].count("study") == 1, path.name
+        machines = {line["id"]: line for line in lines if line["kind"] == "machine"}
+        assert all({"git", "versions", "machine"} <= set(m) for m in machines.values()), path.name
+        for run in (line for line in lines if line["kind"] == "run"):
+            assert {"id", "cell", "stage", "lr", "seed", "state", "top1", "options", "date"} <= set(run), path.name
+            assert run["on"] in machines, path.name
+
+
+def test_a_record_says_what_its_options_hash_to(tmp_path):
+    """A record's options are all that is needed to compute its run again."""
+    wanted = study(tmp_path)
+    run = study_grid.runs(wanted, {})[0]
+    kept = {k: v for k, v in run.options.items() if not k.startswith(study_store.MAY_DIFFER_ON_RESUME)}
+    assert study_grid.Run(run.cell, run.stage, run.factor, run.seed, kept).id == run.id
+    assert record(run, 1.0)["id"] == run.id
