@@ -170,7 +170,7 @@ def _wanted(key: str) -> str:
 
 def is_first_process() -> bool:
     """True unless a launcher's environment says that this is another rank: messages are printed once."""
-    ranks = ("OMPI_COMM_WORLD_RANK", "HOROVOD_RANK", "PMIX_RANK", "PMI_RANK")
+    ranks = ("OMPI_COMM_WORLD_RANK", "HOROVOD_RANK", "PMIX_RANK", "PMI_RANK", "SLURM_PROCID")
     return all(os.environ.get(name, "0") == "0" for name in ranks)
 
 
