@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from dist_lars import __version__
 from dist_lars.config import Config, data_path
 from dist_lars.data.shards import is_packed
 from dist_lars.data.stage import expand
@@ -60,7 +61,8 @@ def versions(torch: Any) -> dict[str, str]:
     return {
         "python": sys.version.split()[0],
         "torch": torch.__version__,
-        **{name: version(name) for name in ("torchvision", "horovod", "numpy", "dist_lars")},
+        **{name: version(name) for name in ("torchvision", "horovod", "numpy")},
+        "dist_lars": __version__,
         "dist_lars's files": source_digest(Path(__file__).parent),
         "MPI library": Path(libmpi[0]).name if libmpi else "none",
         "CUDA driver": _driver(),

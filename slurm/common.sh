@@ -160,7 +160,7 @@ trap on_end TERM
 status() {
     single python -c 'import json, sys
 s = json.load(open(sys.argv[1]))
-print(s["state"], "at step", s.get("step", 0), "of", s.get("total_steps", "?"), "-", s.get("reason", "no reason given"))
+print(s["state"], "at step", s.get("step", 0), "of", s.get("total_steps", "?"), s.get("reason", ""))
 ' "$RUN_DIR/status.json"
 }
 
@@ -229,7 +229,7 @@ preflight() {
 # finish CODE: what the run says of its end decides, for launchers change exit codes.
 finish() {
     local outcome
-    outcome=$(status)
+    outcome=$(status) || outcome="unknown, for $RUN_DIR/status.json cannot be read"
     say "the launcher ended with $1; the run: $outcome"
     case $outcome in
     finished*) exit 0 ;;
