@@ -50,6 +50,7 @@ check: install  ## formatting, lint, spelling, types, and the tests that need on
 	ruff format --check .
 	ruff check .
 	codespell
+	shellcheck -x slurm/*.sh slurm/*.sbatch .ci/run
 	mypy
 	python -m pytest tests/unit
 

@@ -1,7 +1,8 @@
 """`python -m dist_lars.doctor --cluster [options of train]`: every rank looks around before a run is started.
 
 Started as the run will be (srun, mpirun, horovodrun), with any number of ranks on each node; DIST_LARS_RANKS says how
-many were launched. Rank 0 prints a table of the nodes and a line per check. Ends within LIMIT seconds, whatever hangs.
+many were launched. Rank 0 prints a table of the nodes and a line per check. Ends soon after LIMIT seconds, whatever
+hangs.
 
 RUN_DIR/preflight.json holds the verdict; launchers change exit codes. Where it is absent the ranks never came together,
 and another launcher may help.
@@ -22,11 +23,11 @@ from dist_lars import doctor_verdict as verdict
 from dist_lars.cli import fail, is_first_process, make_parser, parse
 from dist_lars.config import Config, data_path
 from dist_lars.doctor_host import Check, check_decoder, check_torch
-from dist_lars.doctor_roll import EXIT_APART, EXIT_SICK, JOINING, Deadline, Roll, as_json
+from dist_lars.doctor_roll import EXIT_APART, EXIT_SICK, Deadline, Roll, as_json
 from dist_lars.doctor_verdict import Facts, Link
 from dist_lars.errors import UserError
 
-LIMIT = 50.0  # seconds
+LIMIT = 45.0  # seconds
 ALLREDUCE = 64 << 20  # bytes, a model's gradients
 EXCHANGE = 16 << 20  # bytes between two neighbours of the ring
 RING_SECONDS = 10.0  # for all of its links
@@ -76,7 +77,7 @@ def examine(config: Config, roll: Roll, json: bool = False, clock: Callable[[], 
     check_alone(roll)
     from dist_lars import comm as ranks
 
-    roll.at(JOINING)
+    roll.at("joining the other ranks")
     try:
         comm = ranks.start(cpu=config.device == "cpu", deterministic=False)
     except UserError as e:
@@ -103,7 +104,9 @@ def compare(config: Config, comm: Any, roll: Roll, clock: Callable[[], float],
 
     roll.at("looking around")
     device = pick_device(config.device, comm.local_rank)
-    facts = comm.gather(change(collect(comm, config, device, roll.run_dir)), "facts")
+    own = change(collect(comm, config, device, roll.run_dir))
+    roll.at("comparing nodes")
+    facts = comm.gather(own, "facts")
     joined = Check("ranks", "ok", f"{comm.size} launched, {comm.size} joined")
     checks = [joined, *verdict.judge(facts, config.device == "cpu")]
     roll.at("looking for the run directory of rank 0")

@@ -9,20 +9,30 @@ import shutil
 import socket
 import sys
 import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from dist_lars.doctor_host import Check
 from dist_lars.doctor_verdict import exclude, fail, some, spans
 
 EXIT_SICK = 3  # a check failed: no other launcher would help
 EXIT_APART = 4  # the ranks do not find each other: another launcher may
-JOINING = "joining the other ranks"
+ANSWER = 3.0  # seconds that the ranks are given to answer when the time is up
 
 
 def as_json(checks: Sequence[Check]) -> str:
     """A list of checks, for programs."""
     return json.dumps([dataclasses.asdict(check) for check in checks], indent=1)
+
+
+class Stand(NamedTuple):
+    """Where a rank is; `answers` once it has noticed that the time is up."""
+
+    host: str
+    stage: str
+    answers: bool = False
 
 
 class Roll:
@@ -34,19 +44,18 @@ class Roll:
         if self.folder is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
 
-    def at(self, stage: str) -> None:
+    def at(self, stage: str, answers: bool = False) -> None:
         """This rank now does `stage`."""
         self.stage = stage
         if self.folder is not None:
-            _replace(self.folder / f"rank{self.rank}", f"{socket.gethostname()}\n{stage}")
+            _replace(self.folder / f"rank{self.rank}", json.dumps([socket.gethostname(), stage, answers]))
 
-    def call(self) -> dict[int, tuple[str, str]]:
-        """{rank: (host, stage)} of every rank that has come so far."""
-        found = {}
-        for path in self.folder.glob("rank*") if self.folder is not None else ():
-            host, _, stage = path.read_text(encoding="utf-8").partition("\n")
-            found[int(path.name.removeprefix("rank"))] = (host, stage)
-        return found
+    def call(self) -> dict[int, Stand]:
+        """{rank: where it is} of every rank that has come so far."""
+        files = self.folder.glob("rank*") if self.folder is not None else ()
+        return {
+            int(path.name.removeprefix("rank")): Stand(*json.loads(path.read_text(encoding="utf-8"))) for path in files
+        }
 
     def conclude(self, checks: Sequence[Check]) -> None:
         """Write the verdict; the roll has done its work."""
@@ -65,9 +74,8 @@ class Deadline:
     """Ends this process when the examination takes too long, and names the ranks that are behind the others."""
 
     def __init__(self, roll: Roll, seconds: float) -> None:
-        # the first rank that is alive speaks; the others follow only if it does not
         self.roll, self.seconds = roll, seconds
-        self.timer = threading.Timer(seconds + min(roll.rank, 5), self._end)
+        self.timer = threading.Timer(seconds, self._end)
         self.timer.daemon = True
 
     def __enter__(self) -> None:
@@ -77,32 +85,31 @@ class Deadline:
         self.timer.cancel()
 
     def _end(self) -> None:
-        who, joining = f"rank {self.roll.rank} on {socket.gethostname()}", self.roll.stage == JOINING
-        text = f"{who} waited {self.seconds:.0f} s while {self.roll.stage}"
-        reason, repair = behind(self.roll.call(), _launched())
+        self.roll.at(self.roll.stage, answers=True)
+        time.sleep(ANSWER + 0.5 * min(self.roll.rank, 6))  # the first that is alive speaks, and the launcher ends all
+        text = f"rank {self.roll.rank} on {socket.gethostname()} waited {self.seconds:.0f} s while {self.roll.stage}"
+        sick, reason, repair = behind(self.roll.call(), _launched())
         print(f"error: {text}: {reason}\n  -> {repair}", file=sys.stderr, flush=True)
-        if not joining:
+        if sick:
             self.roll.conclude([fail("progress", f"{text}: {reason}", repair)])
-        os._exit(EXIT_APART if joining else EXIT_SICK)
+        os._exit(EXIT_SICK if sick else EXIT_APART)
 
 
 def _launched() -> int:
     return int(os.environ.get("DIST_LARS_RANKS") or os.environ.get("OMPI_COMM_WORLD_SIZE") or 0)
 
 
-def behind(called: dict[int, tuple[str, str]], launched: int) -> tuple[str, str]:
-    """(which ranks did not come as far as the others, what to do); `called` is {rank: (host, stage)}."""
-    absent = [r for r in range(launched) if r not in called]
-    if absent:
-        hosts = some([host for host, _ in called.values()], most=16)
-        return f"rank {spans(absent)} never started", f"exclude the node of the job that is not among {hosts}"
-    stages = {stage: [r for r, (_, s) in called.items() if s == stage] for _, stage in called.values()}
-    if len(stages) < 2:
-        return (
-            "all ranks wait for each other",
-            "a firewall or the wrong network between nodes: INTERFACE in slurm/site.sh",
-        )
-    few = min(stages.values(), key=len)
-    sick = [called[r][0] for r in few]
-    text = f"rank {spans(few)} on {some(sick)} stands at {called[few[0]][1]!r}, the others do not"
-    return text, exclude(sick)
+def behind(called: dict[int, Stand], launched: int) -> tuple[bool, str, str]:
+    """(whether some ranks are worse than others, which, what to do)."""
+    if absent := [r for r in range(launched) if r not in called]:
+        hosts = some([stand.host for stand in called.values()], most=16)
+        return True, f"rank {spans(absent)} never started", f"exclude the node of the job that is not among {hosts}"
+    silent = [r for r, stand in called.items() if not stand.answers]
+    stages = [[r for r in called if called[r].stage == stage] for stage in {s.stage for s in called.values()}]
+    few = silent or min(stages, key=len)
+    if len(few) == len(called):
+        fix = "a firewall or the wrong network between nodes: INTERFACE in slurm/site.sh; or another LAUNCHER"
+        return False, "all ranks wait for each other", fix
+    sick = [called[r].host for r in few]
+    what = "and answers no more" if silent else "while the others do not"
+    return True, f"rank {spans(few)} on {some(sick)} stands at {called[few[0]].stage!r} {what}", exclude(sick)

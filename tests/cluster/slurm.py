@@ -180,7 +180,7 @@ class Job:
 
     def restart(self, seconds: float = 60) -> None:
         """Wait until it was requeued, and let it start at once: SLURM waits for two minutes."""
-        self.until(lambda: self.facts()["JobState"] == "PENDING", "requeue", seconds)
+        self.until(lambda: self.facts()["Restarts"] != "0", "requeue", seconds)
         self.slurm.on("scontrol", "update", f"JobId={self.number}", "StartTime=now")
 
 

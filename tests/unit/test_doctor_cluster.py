@@ -165,16 +165,19 @@ def test_another_checkout_has_another_digest(tmp_path):
 def test_the_roll_names_who_is_behind(tmp_path):
     rolls = [Roll(tmp_path, rank) for rank in range(3)]
     for roll in rolls:
-        roll.at("starting")
-    text, repair = behind(rolls[0].call(), 4)
-    assert text == "rank 3 never started"
-    assert "all ranks wait" in behind(rolls[0].call(), 3)[0]
-    rolls[0].at("reducing")
-    rolls[2].at("reducing")
-    text, repair = behind(rolls[2].call(), 3)
-    assert "rank 1 on" in text
-    assert "stands at 'starting'" in text
+        roll.at("starting", answers=True)
+    assert behind(rolls[0].call(), 4)[:2] == (True, "rank 3 never started")
+    assert behind(rolls[0].call(), 3)[:2] == (False, "all ranks wait for each other")
+    rolls[0].at("reducing", answers=True)
+    rolls[2].at("reducing", answers=True)
+    sick, text, repair = behind(rolls[2].call(), 3)
+    assert sick
+    assert text.startswith("rank 1 on ")
+    assert text.endswith("stands at 'starting' while the others do not")
     assert "--exclude=" in repair
+    rolls[1].at("reducing")
+    assert "rank 1 on" in behind(rolls[2].call(), 3)[1]
+    assert "answers no more" in behind(rolls[2].call(), 3)[1]
 
 
 def test_the_verdict_outlives_the_roll(tmp_path):
