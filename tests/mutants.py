@@ -38,6 +38,7 @@ ORACLE = "tests/unit/test_lars.py::test_multi_tensor_path_equals_the_oracle"
 FUSED_ORACLE = "tests/unit/test_lars.py::test_fused_path_equals_the_oracle"
 ENGINE, COMM, EQUIVALENCE = "dist_lars/engine.py", "dist_lars/comm.py", "tests/parallel/test_equivalence.py"
 DEFECTS, TORCH = "tests/unit/test_lars_defects.py", "tests/unit/test_lars_torch.py"
+DOCTOR, SBATCH = "tests/unit/test_doctor_cluster.py", "tests/unit/test_sbatch.py"
 MODELS, ALEXNET = "tests/unit/test_models.py", "dist_lars/models/alexnet.py"
 
 MUTANTS = [
@@ -159,6 +160,16 @@ MUTANTS = [
     Mutant("dist_lars/data/stage.py", "if size > 0.98 * free:", "if False:", "tests/unit/test_shards.py::test_staging_checks_the_room_before"),
     Mutant("dist_lars/data/shards.py", 'if size != shard["bytes"]:', "if size is None:", "tests/unit/test_shards.py::test_missing_and_short_shards_are_named"),
     Mutant("dist_lars/resources.py", "max(1, min(share, int(told)) if told else share)", "max(1, int(told) if told else share)", "tests/unit/test_resources.py::test_cores_per_rank"),
+    # The cluster: who is named, and what is launched.
+    Mutant("dist_lars/doctor_verdict.py", "if slow[i - 1] and slow[i]]", "if slow[i - 1] or slow[i]]", DOCTOR),
+    Mutant("dist_lars/doctor_verdict.py", "2 * (size - 1) / size * bytes_", "2 * bytes_", DOCTOR),
+    Mutant("dist_lars/doctor_verdict.py", "if len(common) == 1:", "if len(common) <= 2:", DOCTOR),
+    Mutant("dist_lars/doctor_roll.py", "few = silent or min(stages, key=len)", "few = min(stages, key=len)", DOCTOR),
+    Mutant("slurm/common.sh", "RANKS=$((NODES * PER_NODE))", "RANKS=$NODES", SBATCH),
+    Mutant("slurm/common.sh", "    export DIST_LARS_RANKS=$RANKS\n", "", SBATCH),
+    Mutant("slurm/common.sh", "then export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK; fi", "then :; fi", SBATCH),
+    Mutant("slurm/common.sh", '--world_size "$RANKS" || exit $?', '--world_size "$RANKS" || true', SBATCH),
+    Mutant("slurm/resnet18_8k.sbatch", "#SBATCH --nodes=4\n", "#SBATCH --nodes=3\n", SBATCH),
 ]  # fmt: skip
 
 

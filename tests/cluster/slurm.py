@@ -134,6 +134,11 @@ class Slurm:
         said = self.on("sbatch", "--parsable", *options, f"slurm/{template}.sbatch", *run, **extra)
         return Job(self, said.split()[-1])
 
+    def steps(self) -> list[str]:
+        """The steps of jobs that are still on the compute nodes."""
+        found = {**self.net["n1"].processes(), **self.net["n2"].processes()}
+        return [line for line in found.values() if line.startswith("slurmstepd")]
+
     def leftovers(self) -> dict[int, str]:
         """Processes on the compute nodes that are neither daemons nor of a running job."""
         found = {**self.net["n1"].processes(), **self.net["n2"].processes()}
@@ -181,6 +186,8 @@ class Job:
     def restart(self, seconds: float = 60) -> None:
         """Wait until it was requeued, and let it start at once: SLURM waits for two minutes."""
         self.until(lambda: self.facts()["Restarts"] != "0", "requeue", seconds)
+        # its steps will have the numbers of the first start, which must have gone from the nodes
+        self.until(lambda: not self.slurm.steps(), "the end of the first start", seconds)
         self.slurm.on("scontrol", "update", f"JobId={self.number}", "StartTime=now")
 
 
