@@ -17,7 +17,16 @@ from tests.conftest import ROOT
 
 pytestmark = pytest.mark.cluster
 TEMPLATE = "resnet18_8k"
-LONG = ("--epochs", "150", "--log.eval_epochs", "50", "--resume.save_epochs", "50", "--resume.save_steps", "100")
+LONG = (
+    "--epochs",
+    "40",
+    "--log.eval_epochs",
+    "20",
+    "--resume.save_epochs",
+    "20",
+    "--resume.save_steps",
+    "10",
+)  # 320 steps
 
 
 def same_weights(a: Path, b: Path) -> None:
@@ -106,9 +115,17 @@ def test_horovodrun_makes_the_same_run(submit, runs, reference):
     same_weights(run_dir, reference[0])
 
 
+@pytest.fixture
+def slow_network(slurm):
+    """Half a second per step, and no work for the processor meanwhile: time to do something to a running job."""
+    slurm.net["n2"].limit("8mbit")
+    yield lambda: slurm.net["n2"].limit(None)
+    slurm.net["n2"].limit(None)
+
+
 @pytest.fixture(scope="module")
 def long_reference(slurm, images):
-    """The long run, undisturbed, on one node by mpirun: 2 ranks are 2 ranks."""
+    """The long run, undisturbed: its directory."""
     from tests.cluster.conftest import SMALL_JOB, SMALL_RUN
 
     job = slurm.submit(
@@ -118,23 +135,24 @@ def long_reference(slurm, images):
     return slurm.work / "runs" / f"{TEMPLATE}-{job.number}"
 
 
-def test_slurms_warning_leads_to_a_requeue_and_to_the_same_end(submit, runs, long_reference):
-    # SLURM's timer is coarse: the warning comes 15 to 40 s after the start
-    job = submit(TEMPLATE, "--time=2", "--signal=B:USR2@80", run=LONG, LAUNCHER="srun", PREFLIGHT="no")
-    job.restart(90)
+def test_slurms_warning_leads_to_a_requeue_and_to_the_same_end(submit, runs, long_reference, slow_network):
+    # SLURM looks at its clock twice a minute: the warning comes up to 30 s after the start
+    job = submit(TEMPLATE, "--time=2", "--signal=B:USR2@90", run=LONG, LAUNCHER="srun", PREFLIGHT="no")
+    job.restart()
+    slow_network()
     run_dir = runs / f"{TEMPLATE}-{job.number}"
-    log = job.completes(150)
+    log = job.completes()
     assert "asked to stop by SIGUSR2: the run saves at its next step" in log
     assert f"requeued as job {job.number}" in log
     steps = starts(run_dir)
     assert steps[0] == 0
-    assert 0 < steps[1] < 1200
+    assert 0 < steps[1] < 320
     assert job.facts()["Restarts"] == str(len(steps) - 1)
     assert not (run_dir / "STOP").exists()
     same_weights(run_dir, long_reference)
 
 
-def test_scancel_leaves_a_good_checkpoint_and_no_requeue(submit, slurm, runs):
+def test_scancel_leaves_a_good_checkpoint_and_no_requeue(submit, slurm, runs, slow_network):
     job = submit(TEMPLATE, run=LONG, LAUNCHER="srun", PREFLIGHT="no")
     run_dir = runs / f"{TEMPLATE}-{job.number}"
     job.until(lambda: checkpoint.newest_good(run_dir)[0], "a checkpoint")
@@ -145,7 +163,7 @@ def test_scancel_leaves_a_good_checkpoint_and_no_requeue(submit, slurm, runs):
     path, damaged = checkpoint.newest_good(run_dir)
     assert path
     assert not damaged
-    assert checkpoint.load(path)["step"] >= 100
+    assert checkpoint.load(path)["step"] >= 10
     assert runlog.read_status(run_dir)["state"] == "stopped"
 
 
@@ -173,7 +191,7 @@ def test_a_run_that_fails_is_not_requeued(submit, images, tmp_path):
     assert re.search(r"not requeued, for the same would happen again: failed .* cannot read image", job.log())
 
 
-def test_a_rank_that_is_killed_ends_the_job(submit, slurm, runs):
+def test_a_rank_that_is_killed_ends_the_job(submit, slurm, runs, slow_network):
     job = submit(TEMPLATE, run=LONG, LAUNCHER="srun", PREFLIGHT="no")
     run_dir = runs / f"{TEMPLATE}-{job.number}"
     job.until(lambda: checkpoint.newest_good(run_dir)[0], "a checkpoint")
@@ -188,7 +206,7 @@ def test_a_rank_that_is_killed_ends_the_job(submit, slurm, runs):
     assert job.facts()["Restarts"] == "0"
 
 
-def test_fewer_ranks_continue_what_more_began(submit, slurm, runs):
+def test_fewer_ranks_continue_what_more_began(submit, runs, slow_network):
     run_dir = runs / "moved"
     wide = submit(
         TEMPLATE, "--ntasks-per-node=2", run=(*LONG, "--micro_batch", "2"), LAUNCHER="srun", PREFLIGHT="no",
@@ -199,12 +217,13 @@ def test_fewer_ranks_continue_what_more_began(submit, slurm, runs):
     assert wide.end() == "FAILED"
     assert wide.facts()["ExitCode"] == "75:0"
     assert "not requeued: stopped at step" in wide.log()  # by hand
+    slow_network()
     narrow = submit(TEMPLATE, run=(*LONG, "--micro_batch", "2"), LAUNCHER="srun", PREFLIGHT="no", RUN_DIR=str(run_dir))
     narrow.completes()
     wide_start, narrow_start = runlog.read(run_dir, "start")
     assert wide_start["hosts"] == ["n1", "n1", "n2", "n2"]
     assert narrow_start["hosts"] == ["n1", "n2"]
-    assert narrow_start["step"] >= 100
+    assert 10 <= narrow_start["step"] < 320
     assert runlog.read_status(run_dir)["state"] == "finished"
 
 

@@ -14,7 +14,7 @@ from dist_lars.doctor_roll import Deadline, Roll
 fault, sick, folder = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
 rank = int(os.environ["OMPI_COMM_WORLD_RANK"])
 mine = rank == sick
-LIMIT = 12.0  # seconds until a hang is named
+LIMIT = 20.0  # seconds until a hang is named
 
 
 def change(facts):
