@@ -29,7 +29,8 @@ from dist_lars.errors import UserError
 
 LIMIT = 45.0  # seconds
 ALLREDUCE = 64 << 20  # bytes, a model's gradients
-EXCHANGE = 16 << 20  # bytes between two neighbours of the ring
+OPEN, PROBE, EXCHANGE = 4 << 10, 2 << 20, 16 << 20  # bytes between two neighbours of the ring
+SLOW_PROBE = 0.2  # seconds
 REDUCE_SECONDS, RING_SECONDS = 5.0, 10.0  # after which no further one is begun
 
 
@@ -188,18 +189,19 @@ def ring(comm: Any, facts: Sequence[Facts], device: Any) -> list[Link]:
         if spent > RING_SECONDS:
             break
         other = {a.rank: b.rank, b.rank: a.rank}.get(comm.rank)
-        flat = torch.zeros(EXCHANGE // 4 if other is not None else 0, device=device)
-        splits = torch.tensor([flat.numel() if r == other else 0 for r in range(comm.size)], dtype=torch.int32)
-        seconds = []
-        for n in range(2):  # the first opens the connection
+        for size in (OPEN, PROBE, EXCHANGE):  # the first opens the connection; the second is enough where it takes long
+            flat = torch.zeros(size // 4 if other is not None else 0, device=device)
+            splits = torch.tensor([flat.numel() if r == other else 0 for r in range(comm.size)], dtype=torch.int32)
             comm.barrier()
             began = time.monotonic()
-            comm.hvd.alltoall(flat, splits, name=f"link {a.rank} {b.rank}")
+            comm.hvd.alltoall(flat, splits, name=f"link {a.rank} {b.rank} {size}")
             _wait(device)
-            times = comm.gather(time.monotonic() - began, f"link {n}")
-            seconds.append(max(times[a.rank], times[b.rank]))
-        spent += sum(seconds)  # the same numbers on all ranks: they stop together
-        links.append(Link(a.host, b.host, EXCHANGE / min(seconds)))
+            times = comm.gather(time.monotonic() - began, f"link {size}")
+            seconds = max(times[a.rank], times[b.rank])  # the same number on all ranks: they go on and stop together
+            spent += seconds
+            if size == PROBE and seconds > SLOW_PROBE:
+                break
+        links.append(Link(a.host, b.host, size / seconds))
     return links
 
 

@@ -15,6 +15,7 @@ GB = 1e9
 MIN_FREE = {"scratch": 1 * GB, "shared memory": 1 * GB, "run directory": 5 * GB}  # bytes; less is worth a warning
 MIN_FILES = 10_000
 CLOCK_WARN, CLOCK_FAIL = 1.0, 30.0  # seconds
+ETHERNET = 0.1 * GB  # bytes per second; what gigabit Ethernet carries
 SLOW = 0.2  # of the best link: no network is that uneven while it is healthy
 
 
@@ -250,4 +251,6 @@ def check_allreduce(seconds: Sequence[float], size: int, bytes_: int) -> Check:
     value = (
         f"{bytes_ / 2**20:.0f} MB over {size} ranks in {1e3 * min(seconds):.1f} ms, bus bandwidth {rate / GB:.3g} GB/s"
     )
+    if rate < ETHERNET:
+        return warn("all-reduce", f"{value}: is it the fast network?", "INTERFACE=ib0, or as it is called here")
     return Check("all-reduce", "ok", value)

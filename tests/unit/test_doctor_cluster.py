@@ -134,6 +134,8 @@ def test_a_part_of_the_ring_one_link_and_none():
 def test_bus_bandwidth():
     check = verdict.check_allreduce([0.2, 0.1], 4, 64 << 20)
     assert "64 MB over 4 ranks in 100.0 ms, bus bandwidth 1.01 GB/s" in check.value  # 2 x 3/4 x 67.1 MB / 0.1 s
+    slow = verdict.check_allreduce([2.0], 4, 64 << 20)
+    assert (slow.status, "INTERFACE" in slow.fix) == ("warn", True)
 
 
 def test_a_folder_that_cannot_be_written_says_why(tmp_path):
