@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -19,6 +20,7 @@ from dist_lars.doctor_verdict import exclude, fail, some, spans
 
 EXIT_SICK = 3  # a check failed: no other launcher would help
 EXIT_APART = 4  # the ranks do not find each other: another launcher may
+VERDICT = "preflight.json"
 ANSWER = 3.0  # seconds that the ranks are given to answer when the time is up
 
 
@@ -41,26 +43,30 @@ class Roll:
     def __init__(self, run_dir: Path | None, rank: int) -> None:
         self.run_dir, self.rank, self.stage = run_dir, rank, ""
         self.folder = run_dir / "preflight" if run_dir is not None else None
-        if self.folder is not None:
+        if run_dir is not None and self.folder is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
+            if rank == 0:
+                (run_dir / VERDICT).unlink(missing_ok=True)  # of an earlier examination
 
     def at(self, stage: str, answers: bool = False) -> None:
         """This rank now does `stage`."""
         self.stage = stage
         if self.folder is not None:
-            _replace(self.folder / f"rank{self.rank}", json.dumps([socket.gethostname(), stage, answers]))
+            with contextlib.suppress(FileNotFoundError):  # another rank has come to its verdict
+                _replace(self.folder / f"rank{self.rank}", json.dumps([socket.gethostname(), stage, answers]))
 
     def call(self) -> dict[int, Stand]:
         """{rank: where it is} of every rank that has come so far."""
-        files = self.folder.glob("rank*") if self.folder is not None else ()
-        return {
-            int(path.name.removeprefix("rank")): Stand(*json.loads(path.read_text(encoding="utf-8"))) for path in files
-        }
+        found = {}
+        for path in self.folder.glob("rank*") if self.folder is not None else ():
+            with contextlib.suppress(FileNotFoundError):
+                found[int(path.name.removeprefix("rank"))] = Stand(*json.loads(path.read_text(encoding="utf-8")))
+        return found
 
     def conclude(self, checks: Sequence[Check]) -> None:
-        """Write the verdict; the roll has done its work."""
-        if self.run_dir is not None and self.folder is not None:
-            _replace(self.run_dir / "preflight.json", as_json(checks))
+        """Write the verdict, unless another rank has; what follows the first failure is its consequence."""
+        if self.run_dir is not None and self.folder is not None and not (self.run_dir / VERDICT).exists():
+            _replace(self.run_dir / VERDICT, as_json(checks))
             shutil.rmtree(self.folder, ignore_errors=True)
 
 

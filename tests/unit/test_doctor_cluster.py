@@ -187,4 +187,8 @@ def test_the_verdict_outlives_the_roll(tmp_path):
     roll.at("starting")
     roll.conclude([Check("clocks", "ok", "fine")])
     assert [p.name for p in tmp_path.iterdir()] == ["preflight.json"]
+    roll.at("late")
+    Roll(tmp_path, 1).conclude([Check("progress", "FAIL", "a consequence")])
     assert json.loads((tmp_path / "preflight.json").read_text())[0]["name"] == "clocks"
+    Roll(tmp_path, 0)
+    assert not (tmp_path / "preflight.json").exists()
