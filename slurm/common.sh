@@ -34,6 +34,9 @@ LAUNCHER=${LAUNCHER:-auto} MPI_TYPE=${MPI_TYPE:-pmix} MAX_REQUEUES=${MAX_REQUEUE
 read -ra LAUNCHER_ARGS <<<"${LAUNCHER_ARGS:-}"
 read -ra CONTAINER_ARGS <<<"${CONTAINER_ARGS:-}"
 
+[[ $LAUNCHER =~ ^(srun|mpirun|horovodrun|auto)$ ]] ||
+    refuse "LAUNCHER=$LAUNCHER, but it must be srun, mpirun, horovodrun or auto"
+
 # An array job trains one seed per task, each a run of its own; scontrol wants the form with the underscore.
 JOB=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
 JOB=${JOB:-$SLURM_JOB_ID}
@@ -68,9 +71,10 @@ else
     case $CONTAINER in
     *.sqsh | *'#'*)
         [ "$LAUNCHER" = auto ] && LAUNCHER=srun
-        [ "$LAUNCHER" = srun ] || refuse "CONTAINER=$CONTAINER is Pyxis's, which works with LAUNCHER=srun, not $LAUNCHER"
-        PYXIS=(--container-image="$CONTAINER" --container-mounts="$PWD:$PWD${DIST_LARS_DATA:+,$DIST_LARS_DATA:$DIST_LARS_DATA}"
-            --container-workdir="$PWD" "${CONTAINER_ARGS[@]}")
+        [ "$LAUNCHER" = srun ] || refuse "Pyxis (CONTAINER=$CONTAINER) works with LAUNCHER=srun, not $LAUNCHER"
+        mounts=$PWD:$PWD${DIST_LARS_DATA:+,$DIST_LARS_DATA:$DIST_LARS_DATA}
+        PYXIS=(--container-image="$CONTAINER" --container-mounts="$mounts" --container-workdir="$PWD"
+            "${CONTAINER_ARGS[@]}")
         ;;
     *)
         apptainer=$(command -v apptainer || command -v singularity) ||
@@ -103,23 +107,23 @@ launch() {
     case $how in
     srun)
         # All GPUs of the node for each task: bound to one, NCCL cannot reach the others directly.
-        exec "${patience[@]}" srun --nodes="$NODES" --ntasks="$RANKS" --ntasks-per-node="$PER_NODE" --mpi="$MPI_TYPE" --gpu-bind=none \
-            --kill-on-bad-exit=1 --wait=60 --label "${PYXIS[@]}" "${LAUNCHER_ARGS[@]}" "${IN_CONTAINER[@]}" "$@"
+        exec "${patience[@]}" srun --nodes="$NODES" --ntasks="$RANKS" --ntasks-per-node="$PER_NODE" \
+            --mpi="$MPI_TYPE" --gpu-bind=none --kill-on-bad-exit=1 --wait=60 --label \
+            "${PYXIS[@]}" "${LAUNCHER_ARGS[@]}" "${IN_CONTAINER[@]}" "$@"
         ;;
     mpirun)
         local pass=() name
         for name in PATH LD_LIBRARY_PATH "${!DIST_LARS_@}" "${!HOROVOD_@}" "${!NCCL_@}" "${!OMP_@}" "${!PYTHON@}"; do
             if [ -n "${!name:-}" ]; then pass+=(-x "$name"); fi
         done
-        exec "${patience[@]}" mpirun -np "$RANKS" --map-by "ppr:$PER_NODE:node" --bind-to none --tag-output "${pass[@]}" \
-            "${LAUNCHER_ARGS[@]}" "${IN_CONTAINER[@]}" "$@"
+        exec "${patience[@]}" mpirun -np "$RANKS" --map-by "ppr:$PER_NODE:node" --bind-to none --tag-output \
+            "${pass[@]}" "${LAUNCHER_ARGS[@]}" "${IN_CONTAINER[@]}" "$@"
         ;;
     horovodrun)
         local hosts
         hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed "s/\$/:$PER_NODE/" | paste -sd,)
         exec "${patience[@]}" horovodrun -np "$RANKS" -H "$hosts" --start-timeout 120 "${LAUNCHER_ARGS[@]}" "$@"
         ;;
-    *) refuse "LAUNCHER=$how, but it must be srun, mpirun, horovodrun or auto" ;;
     esac
 }
 
@@ -140,7 +144,6 @@ attend() {
 
 asked='' interrupted=''
 WARNED="asked to stop by SIGUSR2"
-CONTINUE="to continue this run: RUN_DIR=$RUN_DIR sbatch ... with the same template and options"
 # SLURM's warning before the time limit, or yours (scancel --batch --signal=USR2 JOB). A file reaches the ranks under
 # every launcher, and whatever they are doing; horovodrun hands on no signal, and mpirun none that comes too early.
 on_warning() {
@@ -164,18 +167,14 @@ print(s["state"], "at step", s.get("step", 0), "of", s.get("total_steps", "?"), 
 ' "$RUN_DIR/status.json"
 }
 
-# again REASON: the same job from the start of the queue, or an end that says why not.
+# again REASON: the same job once more, or an end that says why not.
 again() {
     if [ "$RESTARTS" -ge "$MAX_REQUEUES" ]; then
-        say "not requeued: $1, and this was start $((RESTARTS + 1)) with MAX_REQUEUES=$MAX_REQUEUES"
-    elif scontrol requeue "$JOB"; then
-        say "requeued as job $JOB: $1; restart $((RESTARTS + 1)) of at most $MAX_REQUEUES"
-        exit 0
-    else
-        say "not requeued: SLURM refused ($1)"
+        give_up "$1, and this was start $((RESTARTS + 1)) with MAX_REQUEUES=$MAX_REQUEUES" 75
     fi
-    say "$CONTINUE"
-    exit 75
+    scontrol requeue "$JOB" || give_up "$1, and SLURM refuses to requeue" 75
+    say "requeued as job $JOB: $1; restart $((RESTARTS + 1)) of at most $MAX_REQUEUES"
+    exit 0
 }
 
 # --- the job ----------------------------------------------------------------------------------------------------------
@@ -194,14 +193,17 @@ train() {
     single python -m dist_lars.train "$@" --dry_run --world_size "$RANKS" || exit $?
 
     mkdir -p "$RUN_DIR"
+    rm -f "$RUN_DIR/STOP" # of an earlier start that ended before it was seen
     set -- "$@" --run_dir "$RUN_DIR"
     preflight "$@"
     if [ "$asked" = "$WARNED" ]; then again "$asked before the run began"; fi
-    rm -f "$RUN_DIR/STOP" # of an earlier start that ended before it was seen
-    # What an earlier start left must not be taken for the outcome of this one.
-    echo "{\"state\": \"launched\", \"job\": \"$JOB\"}" >"$RUN_DIR/status.json"
-    local code=0
+    local before code=0
+    before=$(cat "$RUN_DIR/status.json" 2>/dev/null) || true
     attend launch "$LAUNCHER" python -m dist_lars.train "$@" || code=$?
+    say "the launcher ended with $code"
+    if [ "$(cat "$RUN_DIR/status.json" 2>/dev/null)" = "$before" ]; then
+        give_up "the run did not begin, for the reason above" "$code"
+    fi
     finish "$code"
 }
 
@@ -216,7 +218,8 @@ preflight() {
         rm -rf "$RUN_DIR/preflight" "$RUN_DIR/preflight.json"
         code=0
         # The examination ends itself within a minute, unless the launcher hangs.
-        PATIENCE="timeout --kill-after=10 90" attend launch "$LAUNCHER" python -m dist_lars.doctor --cluster "$@" || code=$?
+        PATIENCE="timeout --kill-after=10 90" attend launch "$LAUNCHER" \
+            python -m dist_lars.doctor --cluster "$@" || code=$?
         if [ "$code" = 0 ]; then return; fi
         if [ -e "$RUN_DIR/preflight.json" ]; then break; fi # it found a fault, which another launcher would not mend
         say "no job of $RANKS ranks by $LAUNCHER (exit code $code)"
@@ -230,20 +233,23 @@ preflight() {
 finish() {
     local outcome
     outcome=$(status) || outcome="unknown, for $RUN_DIR/status.json cannot be read"
-    say "the launcher ended with $1; the run: $outcome"
+    say "the run: $outcome"
     case $outcome in
     finished*) exit 0 ;;
+    running*) outcome="the ranks ended without a word: killed, out of memory, or a lost node" ;;
     stopped*)
         if [ "$asked" = "$WARNED" ]; then again "$asked"; fi
         # What SLURM ends and wants again, it requeues by itself.
         if [ -z "$asked" ] && [[ $outcome == *"time limit"* || $outcome == *SIGUSR2* ]]; then again "$outcome"; fi
-        say "not requeued: $outcome"
-        say "$CONTINUE"
-        exit 75
+        give_up "$outcome" 75
         ;;
-    launched* | running*) outcome="the ranks ended without a word: killed, out of memory, or a lost node" ;;
     esac
-    say "not requeued, for the same would happen again: $outcome"
-    say "$CONTINUE"
-    exit $(($1 ? $1 : 1))
+    give_up "$outcome" "$1"
+}
+
+# give_up WHY CODE: no further start, for it would end the same way, or nobody wants it.
+give_up() {
+    say "not requeued: $1"
+    say "to continue this run: RUN_DIR=$RUN_DIR sbatch ... with the same template and options"
+    exit $(($2 ? $2 : 1))
 }

@@ -89,12 +89,9 @@ class Node:
 
     def limit(self, rate: str | None) -> None:
         """Let the link carry so much in each direction, in tc's words (200mbit, 1gbit); None: as much as it can."""
+        shape = ("tbf", "rate", rate, "burst", "256kb", "latency", "50ms") if rate else ("pfifo",)
         for enter, device in ((self._switch, self.port), (self.run, "eth0")):
-            if rate is None:
-                enter("tc", "qdisc", "delete", "dev", device, "root")
-            else:
-                shape = ("tbf", "rate", rate, "burst", "256kb", "latency", "50ms")
-                enter("tc", "qdisc", "replace", "dev", device, "root", *shape)
+            enter("tc", "qdisc", "replace", "dev", device, "root", *shape)
 
     def cut(self) -> None:
         """Take the node off the network; its processes go on."""
