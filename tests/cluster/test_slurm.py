@@ -17,6 +17,7 @@ from tests.conftest import ROOT
 
 pytestmark = pytest.mark.cluster
 TEMPLATE = "resnet18_8k"
+README = (ROOT / "README.md").read_text()
 LONG = (
     "--epochs",
     "40",
@@ -244,6 +245,19 @@ def test_missing_data_are_refused_in_seconds(submit, runs, tmp_path):
         assert words in job.log()
         assert "preflight failed: nothing was started" in job.log()
         assert not (runs / f"{TEMPLATE}-{job.number}" / "log.jsonl").exists()
+
+
+def test_the_first_job_of_the_readme_needs_no_data(slurm, runs, tmp_path):
+    (line,) = re.findall(r"^sbatch (.*) slurm/resnet18_8k.sbatch (--preset quickstart)$", README, re.M)
+    job = slurm.submit(
+        TEMPLATE, *line[0].split(), "--gpus-per-node=0", "--cpus-per-task=1",
+        run=(*line[1].split(), "--device", "cpu", "--epochs", "1"),
+        LAUNCHER="srun", PREFLIGHT="no", DIST_LARS_CACHE=str(tmp_path),
+    )  # fmt: skip
+    job.completes()
+    run_dir = runs / f"{TEMPLATE}-{job.number}"
+    assert runlog.read(run_dir, "start")[0]["hosts"] == ["n1", "n2"]
+    assert runlog.read(run_dir, "eval")[-1]["count"] == 297
 
 
 def test_data_that_one_node_lacks(submit, slurm, images):
