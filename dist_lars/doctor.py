@@ -2,6 +2,7 @@
 
 Every line is one check: ok, warn (training works, but slower or not everywhere) or FAIL. The exit
 code is 1 if training with several ranks could not work. `--json` prints the same for programs.
+`--cluster [options of train]`, launched like a run, examines all of its ranks: see `doctor_cluster`.
 """
 
 from __future__ import annotations
@@ -202,10 +203,16 @@ def table(checks: list[Check]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Examine, print, and say by the exit code whether training can work."""
+    words = sys.argv[1:] if argv is None else argv
+    if "--cluster" in words:
+        from dist_lars import doctor_cluster
+
+        return doctor_cluster.main([word for word in words if word != "--cluster"])
     parser = argparse.ArgumentParser(prog="python -m dist_lars.doctor", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--json", action="store_true", help="print a list of checks as JSON")
+    parser.add_argument("--cluster", action="store_true", help="examine the ranks of a job; takes the options of train")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
-    args = parser.parse_args(argv)
+    args = parser.parse_args(words)
     if args.worker:
         worker()
         return 0

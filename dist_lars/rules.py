@@ -44,13 +44,17 @@ def check(c: "Config") -> None:
     _require(at_least_one, lambda v: v >= 1, "must be at least 1")
     _require(not_negative, lambda v: 0 <= v < math.inf, "must be zero or more, and finite")
     _require(positive, lambda v: 0 < v < math.inf, "must be above zero, and finite")
-    _require({"data.min_scale": c.data.min_scale}, lambda v: 0 < v <= 1, "is a share of the area: 0 < value <= 1")
     shares = {
         "data.hold_out": c.data.hold_out,
         "optim.momentum": c.optim.momentum, "optim.label_smoothing": c.optim.label_smoothing,
         "optim.ema_decay": c.optim.ema_decay, "model.dropout": c.model.dropout,
     }  # fmt: skip
     _require(shares, lambda v: 0 <= v < 1, "must be in [0, 1)")
+    _require({"data.min_scale": c.data.min_scale}, lambda v: 0 < v <= 1, "is a share of the area: 0 < value <= 1")
+    _fit_together(c)
+
+
+def _fit_together(c: "Config") -> None:
     if c.data.hold_out and c.data.kind == "synthetic":
         raise UserError("data.hold_out takes images from a folder, and random images have none: use --data.hold_out 0")
     if c.data.resize < c.data.image_size:

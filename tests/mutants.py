@@ -41,6 +41,7 @@ BACKENDS, HOROVOD = "tests/parallel/test_backends.py", "dist_lars/comm/horovod_c
 DEFECTS, TORCH = "tests/unit/test_lars_defects.py", "tests/unit/test_lars_torch.py"
 STUDY = "benchmarks/study_grid.py"
 STUDY_GRID, STUDY_REPORT = (f"tests/unit/test_study_{name}.py" for name in ("grid", "report"))
+DOCTOR, SBATCH = "tests/unit/test_doctor_cluster.py", "tests/unit/test_sbatch.py"
 MODELS, ALEXNET = "tests/unit/test_models.py", "dist_lars/models/alexnet.py"
 
 MUTANTS = [
@@ -184,6 +185,16 @@ MUTANTS = [
     Mutant("benchmarks/study.py", "fcntl.LOCK_EX | fcntl.LOCK_NB", "fcntl.LOCK_SH | fcntl.LOCK_NB", "tests/launch/test_study.py::test_tasks_of_an_array_share_the_work"),
     Mutant("benchmarks/study.py", ", pass_fds=[self.mine[run.id].fileno()]", "", "tests/launch/test_study.py::test_a_study_that_is_killed_goes_on_to_the_same_records"),
     Mutant("dist_lars/data/sets.py", "train.subset(np.sort(order[held:]))", "train", "tests/unit/test_hold_out.py::test_both_parts_are_the_whole"),
+    # The cluster: who is named, and what is launched.
+    Mutant("dist_lars/doctor_verdict.py", "if slow[i - 1] and slow[i]]", "if slow[i - 1] or slow[i]]", DOCTOR),
+    Mutant("dist_lars/doctor_verdict.py", "2 * (size - 1) / size * bytes_", "2 * bytes_", DOCTOR),
+    Mutant("dist_lars/doctor_verdict.py", "if len(common) == 1:", "if len(common) <= 2:", DOCTOR),
+    Mutant("dist_lars/doctor_roll.py", "few = silent or min(stages, key=len)", "few = min(stages, key=len)", DOCTOR),
+    Mutant("slurm/common.sh", "RANKS=$((NODES * PER_NODE))", "RANKS=$NODES", SBATCH),
+    Mutant("slurm/common.sh", "    export DIST_LARS_RANKS=$RANKS\n", "", SBATCH),
+    Mutant("slurm/common.sh", "then export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK; fi", "then :; fi", SBATCH),
+    Mutant("slurm/common.sh", '--world_size "$RANKS" || exit $?', '--world_size "$RANKS" || true', SBATCH),
+    Mutant("slurm/resnet18_8k.sbatch", "#SBATCH --nodes=4\n", "#SBATCH --nodes=3\n", SBATCH),
 ]  # fmt: skip
 
 

@@ -41,6 +41,12 @@ class Comm(Protocol):
     def barrier(self) -> None:
         """Return when all ranks have called."""
 
+    def swap(self, flat: torch.Tensor, other: int | None, name: str) -> None:
+        """Exchange a tensor with rank `other`; every rank calls, with None and an empty one where it only looks on."""
+
+    def carrier(self) -> str:
+        """What carries the ranks' words, for people."""
+
     def reducer(
         self, parameters: Iterable[nn.Parameter], bucket_mb: float, wire: torch.dtype | None = None
     ) -> Reducer | None:
@@ -78,6 +84,12 @@ class LocalComm:
 
     def barrier(self) -> None:
         pass
+
+    def swap(self, flat: torch.Tensor, other: int | None, name: str) -> None:
+        pass
+
+    def carrier(self) -> str:
+        return ""
 
     def reducer(
         self, parameters: Iterable[nn.Parameter], bucket_mb: float, wire: torch.dtype | None = None

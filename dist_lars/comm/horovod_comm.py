@@ -50,6 +50,14 @@ class HorovodComm:
     def barrier(self) -> None:
         self.hvd.barrier()
 
+    def swap(self, flat: torch.Tensor, other: int | None, name: str) -> None:
+        splits = torch.tensor([flat.numel() if r == other else 0 for r in range(self.size)], dtype=torch.int32)
+        self.hvd.alltoall(flat, splits, name=name)
+
+    def carrier(self) -> str:
+        built = [name.upper() for name in ("mpi", "gloo", "nccl") if getattr(self.hvd, f"{name}_built")()]
+        return f"{'MPI' if self.hvd.mpi_enabled() else 'Gloo'} controller; built in {', '.join(built)}"
+
     def reducer(
         self, parameters: Iterable[nn.Parameter], bucket_mb: float, wire: torch.dtype | None = None
     ) -> Reducer | None:

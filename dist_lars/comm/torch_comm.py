@@ -74,6 +74,15 @@ class TorchComm:
     def barrier(self) -> None:
         self.sum({"barrier": 0.0})
 
+    def swap(self, flat: torch.Tensor, other: int | None, name: str) -> None:
+        if other is not None:
+            works = [dist.P2POp(dist.isend, flat, other), dist.P2POp(dist.irecv, torch.empty_like(flat), other)]
+            for work in dist.batch_isend_irecv(works):
+                work.wait()
+
+    def carrier(self) -> str:
+        return f"torch.distributed by {dist.get_backend().upper()}"
+
     def reducer(
         self, parameters: Iterable[nn.Parameter], bucket_mb: float, wire: torch.dtype | None = None
     ) -> Reducer | None:

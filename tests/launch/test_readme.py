@@ -15,7 +15,7 @@ from dist_lars.config import LEAVES
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-SOURCES = [ROOT / "Makefile", *(ROOT / "dist_lars").rglob("*.py")]
+SOURCES = [ROOT / "Makefile", ROOT / "slurm/common.sh", *(ROOT / "dist_lars").rglob("*.py")]
 
 
 def commands() -> list[str]:
@@ -48,20 +48,32 @@ def test_the_quick_commands_run(line, command):
 
 OPTION = r"--([a-z_]+(?:\.[a-z_]+)?)\b"
 BENCHMARK = r"python -m benchmarks\.(\w+)([^`\n]*)"
-OTHERS_TAKEN_OUT = re.sub(rf"{BENCHMARK}|torchrun --nproc-per-node", "", README.split("## Training")[1])
 
 
-@pytest.mark.parametrize("name", sorted(set(re.findall(OPTION, OTHERS_TAKEN_OUT))))
+def chapter(title: str) -> str:
+    """The text of a chapter."""
+    return README.split(f"## {title}\n")[1].split("\n## ")[0]
+
+
+def options() -> list[str]:
+    """The trainer's options that README names; before a template they are sbatch's."""
+    cluster = chapter("On your cluster")
+    ours = README.split("## Training")[1].replace(cluster, "".join(re.findall(r"\.sbatch (--.*)", cluster)))
+    return sorted(set(re.findall(OPTION, re.sub(rf"{BENCHMARK}|torchrun --nproc-per-node", "", ours))))
+
+
+@pytest.mark.parametrize("name", options())
 def test_the_option_exists(name):
     others = {"help", "preset", "config", "dry_run", "world_size", "json", "list_presets", "gloo", "checkpoint", "size"}
-    others |= {"array", "launch", "list", "report", "workers"}  # of benchmarks.study and sbatch
+    others |= {"array", "launch", "list", "report", "workers", "cluster", "test"}  # of benchmarks.study, doctor, sbatch
     assert name in LEAVES or name in others
 
 
 @pytest.mark.parametrize(("module", "words"), sorted(set(re.findall(BENCHMARK, README))))
 def test_the_benchmark_has_these_options(module, words):
     source = (ROOT / "benchmarks" / f"{module}.py").read_text()
-    for name in re.findall(OPTION, words):
+    own = [n for n in re.findall(OPTION, words) if not (module == "study" and n in LEAVES)]  # it hands these on
+    for name in own:
         assert f'"--{name}"' in source, f"benchmarks.{module} has no --{name}"
 
 
@@ -71,9 +83,18 @@ def test_the_module_is_there(module):
 
 
 def messages() -> list[str]:
-    """The first column of the table of failures."""
-    table = README.split("### What a failure means")[1].split("\n#")[0]
-    return re.findall(r"^\| (`.*?) \|", table, re.M)
+    """The first column of the tables of failures."""
+    tables = [README.split(title)[1].split("\n#")[0] for title in ("What a failure means", "Before anything is spent")]
+    return re.findall(r"^\| (`.*?) \|", "".join(tables), re.M)
+
+
+def test_the_templates_are_those_of_the_table():
+    rows = re.findall(r"^\| (`.*) \| (\d+) x 4 x (\d+) x (\d+) \| ([\d,]+) \|$", chapter("On your cluster"), re.M)
+    told = {name: row[1:] for row in rows for name in re.findall(r"`(\w+)`", row[0])}
+    files = {path.stem: path.read_text() for path in (ROOT / "slurm").glob("*.sbatch")}
+    assert set(told) == set(files) - {"scaling", "study"}
+    for name, (nodes, images, passes, batch) in told.items():
+        assert f"global batch {batch}: {nodes} nodes x 4 GPUs x {images} images x {passes} passes" in files[name]
 
 
 @pytest.mark.parametrize("message", messages())

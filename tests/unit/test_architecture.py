@@ -15,7 +15,21 @@ LEVELS = [
     ["engine", "resources"],
     ["rundir", "state", "supervisor", "inputs", "run"],
     ["api", "launch"],
-    ["train", "evaluate", "pack", "doctor", "build_horovod", "build_facts", "build_log", "pillow_simd", "doctor_host"],
+    [
+        "train",
+        "evaluate",
+        "pack",
+        "doctor",
+        "build_horovod",
+        "build_facts",
+        "build_log",
+        "pillow_simd",
+        "doctor_host",
+        "doctor_cluster",
+        "doctor_node",
+        "doctor_roll",
+        "doctor_verdict",
+    ],
 ]
 LEVEL = {room: n for n, rooms in enumerate(LEVELS) for room in rooms}
 

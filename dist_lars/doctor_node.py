@@ -1,0 +1,141 @@
+"""The doctor's look around on one rank of a cluster job: what it is, what it sees, where it may write."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import re
+import socket
+import sys
+from pathlib import Path
+from typing import Any
+
+from dist_lars import __version__
+from dist_lars.config import Config, data_path
+from dist_lars.data.shards import is_packed
+from dist_lars.data.stage import expand
+from dist_lars.doctor_host import version
+from dist_lars.doctor_verdict import Facts, Place
+from dist_lars.errors import UserError
+from dist_lars.resources import own_cores
+
+
+def collect(comm: Any, config: Config, device: Any, run_dir: Path | None) -> Facts:
+    """The facts of this rank. `comm` has joined the others, `device` is the torch.device that the rank will use."""
+    import torch
+
+    gpu = device.type == "cuda"
+    properties = torch.cuda.get_device_properties(device) if gpu else None
+    leads = comm.local_rank == 0
+    return Facts(
+        rank=comm.rank,
+        host=socket.gethostname(),
+        local_rank=comm.local_rank,
+        local_size=comm.local_size,
+        device=properties.name if properties else "cpu",
+        device_id=str(getattr(properties, "uuid", "")) if properties else "",
+        gpus_granted=int((os.environ.get("SLURM_GPUS_PER_NODE") or "0").rpartition(":")[2]),
+        gpus_seen=torch.cuda.device_count(),
+        cpu=cpu_model(),
+        cores=len(own_cores()),
+        memory=os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9,
+        operations=comm.carrier(),
+        versions=versions(torch),
+        places=tuple(places(config, run_dir)) if leads else (),
+        data=unseen_data(config) if leads else "",
+    )
+
+
+def versions(torch: Any) -> dict[str, str]:
+    """What must be the same on every node, by name."""
+    libmpi = sorted(set(re.findall(r"\S*/libmpi\.so\S*", Path("/proc/self/maps").read_text(encoding="utf-8"))))
+    return {
+        "python": sys.version.split()[0],
+        "torch": torch.__version__,
+        **{name: version(name) for name in ("torchvision", "horovod", "numpy")},
+        "dist_lars": __version__,
+        "dist_lars's files": source_digest(Path(__file__).parent),
+        "MPI library": Path(libmpi[0]).name if libmpi else "none",
+        "CUDA driver": _driver(),
+    }
+
+
+def source_digest(package: Path) -> str:
+    """Ten letters that differ when a file of the package differs: a node with another checkout or an old container."""
+    digest = hashlib.sha256()
+    for path in sorted([*package.rglob("*.py"), *package.rglob("*.yaml")]):
+        digest.update(str(path.relative_to(package)).encode() + path.read_bytes())
+    return digest.hexdigest()[:10]
+
+
+def _driver() -> str:
+    try:
+        text = Path("/proc/driver/nvidia/version").read_text(encoding="utf-8")
+    except OSError:
+        return "none"
+    found = re.search(r"Kernel Module\D*([\d.]+)", text)
+    return found[1] if found else "unknown"
+
+
+def cpu_model() -> str:
+    """As the kernel names it."""
+    found = re.search(r"^model name\s*:\s*(.*)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.M)
+    return found[1] if found else "unknown CPU"
+
+
+def places(config: Config, run_dir: Path | None) -> list[Place]:
+    """The directories that a rank of this run writes to, each tried."""
+    found = [probe("scratch", os.environ.get("TMPDIR") or "/tmp"), probe("shared memory", "/dev/shm")]
+    if run_dir is not None:
+        found.append(probe("run directory", str(run_dir)))
+    if config.data.stage:
+        try:
+            found.append(probe("staging", expand(config.data.stage)))
+        except UserError as e:
+            found.append(Place("staging", config.data.stage, str(e)))
+    return found
+
+
+def probe(what: str, path: str) -> Place:
+    """Whether a small file can be written there, and how much room is left."""
+    folder = Path(path)
+    trial = folder / f".dist_lars-{socket.gethostname()}-{os.getpid()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            trial.write_bytes(b"x" * 4096)
+        finally:
+            trial.unlink(missing_ok=True)
+        stat = os.statvfs(folder)
+    except OSError as e:
+        return Place(what, path, _why(e, folder))
+    room = stat.f_bavail * stat.f_frsize
+    return Place(what, path, free=room, files=stat.f_favail if stat.f_files else float("inf"))
+
+
+def _why(error: OSError, folder: Path) -> str:
+    text = error.strerror or str(error)
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        try:
+            stat = os.statvfs(folder)
+        except OSError:
+            return text
+        if stat.f_bavail * stat.f_frsize > 1 << 20:
+            return f"{text}, though {stat.f_bavail * stat.f_frsize / 1e9:.1f} GB are free: no more files (inodes)"
+    return text
+
+
+def unseen_data(config: Config) -> str:
+    """Why this node cannot read the images; "" when it can. Looks at the folders' first entries, lists nothing."""
+    path = data_path(config)
+    if path is None:
+        return ""
+    try:
+        for folder in [path] if is_packed(path) else [f"{path}/train"]:
+            first = next(os.scandir(folder), None)
+            if first is None:
+                return f"{folder} is empty"
+    except OSError as e:
+        return f"{e.filename or path}: {e.strerror}"
+    return ""

@@ -1,0 +1,121 @@
+"""What keeps the doctor from hanging on a cluster: a roll of who stands where, a deadline, and a verdict in a file."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import shutil
+import socket
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from dist_lars.doctor_host import Check
+from dist_lars.doctor_verdict import exclude, fail, some, spans
+
+EXIT_SICK = 3  # a check failed: no other launcher would help
+EXIT_APART = 4  # the ranks do not find each other: another launcher may
+VERDICT = "preflight.json"
+ANSWER = 3.0  # seconds that the ranks are given to answer when the time is up
+
+
+def as_json(checks: Sequence[Check]) -> str:
+    """A list of checks, for programs."""
+    return json.dumps([dataclasses.asdict(check) for check in checks], indent=1)
+
+
+class Stand(NamedTuple):
+    """Where a rank is; `answers` once it has noticed that the time is up."""
+
+    host: str
+    stage: str
+    answers: bool = False
+
+
+class Roll:
+    """Who is where: one small file per rank in RUN_DIR/preflight, so that a silent rank has a name."""
+
+    def __init__(self, run_dir: Path | None, rank: int) -> None:
+        self.run_dir, self.rank, self.stage = run_dir, rank, ""
+        self.folder = run_dir / "preflight" if run_dir is not None else None
+        if run_dir is not None and self.folder is not None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if rank == 0:
+                (run_dir / VERDICT).unlink(missing_ok=True)  # of an earlier examination
+
+    def at(self, stage: str, answers: bool = False) -> None:
+        """This rank now does `stage`."""
+        self.stage = stage
+        if self.folder is not None:
+            with contextlib.suppress(FileNotFoundError):  # another rank has come to its verdict
+                _replace(self.folder / f"rank{self.rank}", json.dumps([socket.gethostname(), stage, answers]))
+
+    def call(self) -> dict[int, Stand]:
+        """{rank: where it is} of every rank that has come so far."""
+        found = {}
+        for path in self.folder.glob("rank*") if self.folder is not None else ():
+            with contextlib.suppress(FileNotFoundError):
+                found[int(path.name.removeprefix("rank"))] = Stand(*json.loads(path.read_text(encoding="utf-8")))
+        return found
+
+    def conclude(self, checks: Sequence[Check]) -> None:
+        """Write the verdict, unless another rank has; what follows the first failure is its consequence."""
+        if self.run_dir is not None and self.folder is not None and not (self.run_dir / VERDICT).exists():
+            _replace(self.run_dir / VERDICT, as_json(checks))
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _replace(path: Path, text: str) -> None:
+    aside = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
+    aside.write_text(text, encoding="utf-8")
+    aside.replace(path)
+
+
+class Deadline:
+    """Ends this process when the examination takes too long, and names the ranks that are behind the others."""
+
+    def __init__(self, roll: Roll, seconds: float) -> None:
+        self.roll, self.seconds = roll, seconds
+        self.timer = threading.Timer(seconds, self._end)
+        self.timer.daemon = True
+
+    def __enter__(self) -> None:
+        self.timer.start()
+
+    def __exit__(self, *_: object) -> None:
+        self.timer.cancel()
+
+    def _end(self) -> None:
+        self.roll.at(self.roll.stage, answers=True)
+        time.sleep(ANSWER + 0.5 * min(self.roll.rank, 6))  # the first that is alive speaks, and the launcher ends all
+        text = f"rank {self.roll.rank} on {socket.gethostname()} waited {self.seconds:.0f} s while {self.roll.stage}"
+        sick, reason, repair = behind(self.roll.call(), _launched())
+        print(f"error: {text}: {reason}\n  -> {repair}", file=sys.stderr, flush=True)
+        if sick:
+            self.roll.conclude([fail("progress", f"{text}: {reason}", repair)])
+        os._exit(EXIT_SICK if sick else EXIT_APART)
+
+
+def _launched() -> int:
+    return int(os.environ.get("DIST_LARS_RANKS") or os.environ.get("OMPI_COMM_WORLD_SIZE") or 0)
+
+
+def behind(called: dict[int, Stand], launched: int) -> tuple[bool, str, str]:
+    """(whether some ranks are worse than others, which, what to do)."""
+    if absent := [r for r in range(launched) if r not in called]:
+        hosts = some([stand.host for stand in called.values()], most=16)
+        return True, f"rank {spans(absent)} never started", f"exclude the node of the job that is not among {hosts}"
+    silent = [r for r, stand in called.items() if not stand.answers]
+    stages = [[r for r in called if called[r].stage == stage] for stage in {s.stage for s in called.values()}]
+    few = silent or min(stages, key=len)
+    if len(few) == len(called):
+        fix = "a firewall or the wrong network between nodes: INTERFACE in slurm/site.sh; or another LAUNCHER"
+        return False, "all ranks wait for each other", fix
+    sick = [called[r].host for r in few]
+    what = "and answers no more" if silent else "while the others do not"
+    return True, f"rank {spans(few)} on {some(sick)} stands at {called[few[0]].stage!r} {what}", exclude(sick)

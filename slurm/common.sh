@@ -1,0 +1,255 @@
+# shellcheck shell=bash
+# What every template shares: the environment, the checks before anything is spent, the launch, and what happens when
+# the job is asked to stop. A template names resources and calls `train OPTIONS`. README.md, "On your cluster".
+#
+# Set these in the environment of sbatch or in slurm/site.sh:
+#   DIST_LARS_DATA=DIR     the images: a folder, or packed shards
+#   LAUNCHER=auto          srun, mpirun, horovodrun, or auto: srun where its PMI works, else mpirun
+#   MPI_TYPE=pmix          what `srun --mpi=` takes here (srun --mpi=list)
+#   LAUNCHER_ARGS="..."    more options of the launcher
+#   CONTAINER=IMAGE        run in this image: a .sif file or docker:// by Apptainer, .sqsh or name#tag by Pyxis
+#   CONTAINER_ARGS="..."   more options of Apptainer, or of srun under Pyxis
+#   VENV=DIR               the environment (.venv in the clone), where there is no container
+#   STAGE=DIR              copy packed shards to this folder of each node first; '$SLURM_TMPDIR' is expanded there
+#   INTERFACE=ib0          the network between nodes, where a node has several
+#   RUN_DIR=DIR            where the run lives (runs/JOBNAME-JOBID): the same one continues the same run
+#   MAX_REQUEUES=20        how often a job may start again
+#   PREFLIGHT=yes          no: skip the examination of the nodes
+#   DEBUG=1                let NCCL and Horovod talk
+
+set -euo pipefail
+
+say() { echo "[slurm] $*"; }
+refuse() { say "refused: $*" >&2; exit 2; }
+
+# --- what was allocated -----------------------------------------------------------------------------------------------
+
+cd "$SLURM_SUBMIT_DIR"
+if [ -e slurm/site.sh ]; then
+    # shellcheck source=slurm/site.example.sh
+    source slurm/site.sh
+fi
+
+LAUNCHER=${LAUNCHER:-auto} MPI_TYPE=${MPI_TYPE:-pmix} MAX_REQUEUES=${MAX_REQUEUES:-20} CONTAINER=${CONTAINER:-}
+read -ra LAUNCHER_ARGS <<<"${LAUNCHER_ARGS:-}"
+read -ra CONTAINER_ARGS <<<"${CONTAINER_ARGS:-}"
+
+[[ $LAUNCHER =~ ^(srun|mpirun|horovodrun|auto)$ ]] ||
+    refuse "LAUNCHER=$LAUNCHER, but it must be srun, mpirun, horovodrun or auto"
+
+# An array job trains one seed per task, each a run of its own; scontrol wants the form with the underscore.
+JOB=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
+JOB=${JOB:-$SLURM_JOB_ID}
+RUN_DIR=${RUN_DIR:-runs/$SLURM_JOB_NAME-$JOB}
+RESTARTS=${SLURM_RESTART_COUNT:-0}
+NODES=$SLURM_JOB_NUM_NODES
+PER_NODE=${SLURM_NTASKS_PER_NODE:-1}
+RANKS=$((NODES * PER_NODE))
+GPUS=${SLURM_GPUS_PER_NODE:-0} GPUS=${GPUS##*:} # asked for; "a100:4" is possible, and --exclusive grants more
+
+# Since Slurm 22.05 srun no longer takes this from sbatch: without it every rank gets one core.
+if [ -n "${SLURM_CPUS_PER_TASK:-}" ]; then export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK; fi
+
+export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
+if [ -n "${DEBUG:-}" ]; then export NCCL_DEBUG=INFO HOROVOD_LOG_LEVEL=debug; fi
+if [ -n "${INTERFACE:-}" ]; then
+    export NCCL_SOCKET_IFNAME=$INTERFACE HOROVOD_GLOO_IFACE=$INTERFACE
+    export OMPI_MCA_btl_tcp_if_include=$INTERFACE
+fi
+
+# --- where Python is --------------------------------------------------------------------------------------------------
+
+IN_CONTAINER=() # before a command that shall run in the image
+PYXIS=()        # options of srun
+if [ -z "$CONTAINER" ]; then
+    VENV=${VENV:-$SLURM_SUBMIT_DIR/.venv}
+    if [ -d "$VENV/bin" ]; then export PATH=$VENV/bin:$PATH; fi
+    python -c 'import dist_lars' 2>/dev/null ||
+        refuse "$(command -v python || echo no python) has no dist_lars: run \`make install\` on the login node," \
+            "or name VENV or CONTAINER in slurm/site.sh"
+else
+    case $CONTAINER in
+    *.sqsh | *'#'*)
+        [ "$LAUNCHER" = auto ] && LAUNCHER=srun
+        [ "$LAUNCHER" = srun ] || refuse "Pyxis (CONTAINER=$CONTAINER) works with LAUNCHER=srun, not $LAUNCHER"
+        mounts=$PWD:$PWD${DIST_LARS_DATA:+,$DIST_LARS_DATA:$DIST_LARS_DATA}
+        PYXIS=(--container-image="$CONTAINER" --container-mounts="$mounts" --container-workdir="$PWD"
+            "${CONTAINER_ARGS[@]}")
+        ;;
+    *)
+        apptainer=$(command -v apptainer || command -v singularity) ||
+            refuse "CONTAINER=$CONTAINER needs apptainer or singularity on PATH: load its module in slurm/site.sh"
+        [ "$LAUNCHER" != horovodrun ] || refuse "CONTAINER with LAUNCHER=horovodrun: use srun or mpirun"
+        IN_CONTAINER=("$apptainer" exec --bind "$PWD${DIST_LARS_DATA:+,$DIST_LARS_DATA}" --pwd "$PWD")
+        [ "$GPUS" -eq 0 ] || IN_CONTAINER+=(--nv)
+        IN_CONTAINER+=("${CONTAINER_ARGS[@]}" "$CONTAINER")
+        ;;
+    esac
+fi
+
+# One process on this node, for planning.
+single() {
+    if [ ${#PYXIS[@]} -gt 0 ]; then
+        srun --nodes=1 --ntasks=1 --overlap --mpi=none "${PYXIS[@]}" "$@"
+    else
+        "${IN_CONTAINER[@]}" "$@"
+    fi
+}
+
+# --- the ranks --------------------------------------------------------------------------------------------------------
+
+# launch HOW COMMAND...: one process per rank. DIST_LARS_RANKS tells each how many there must be.
+launch() {
+    local how=$1 patience
+    shift
+    read -ra patience <<<"${PATIENCE:-}"
+    export DIST_LARS_RANKS=$RANKS
+    case $how in
+    srun)
+        # All GPUs of the node for each task: bound to one, NCCL cannot reach the others directly.
+        exec "${patience[@]}" srun --nodes="$NODES" --ntasks="$RANKS" --ntasks-per-node="$PER_NODE" \
+            --mpi="$MPI_TYPE" --gpu-bind=none --kill-on-bad-exit=1 --wait=60 --label \
+            "${PYXIS[@]}" "${LAUNCHER_ARGS[@]}" "${IN_CONTAINER[@]}" "$@"
+        ;;
+    mpirun)
+        local pass=() name
+        for name in PATH LD_LIBRARY_PATH "${!DIST_LARS_@}" "${!HOROVOD_@}" "${!NCCL_@}" "${!OMP_@}" "${!PYTHON@}"; do
+            if [ -n "${!name:-}" ]; then pass+=(-x "$name"); fi
+        done
+        exec "${patience[@]}" mpirun -np "$RANKS" --map-by "ppr:$PER_NODE:node" --bind-to none --tag-output \
+            "${pass[@]}" "${LAUNCHER_ARGS[@]}" "${IN_CONTAINER[@]}" "$@"
+        ;;
+    horovodrun)
+        local hosts
+        hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed "s/\$/:$PER_NODE/" | paste -sd,)
+        exec "${patience[@]}" horovodrun -np "$RANKS" -H "$hosts" --start-timeout 120 "${LAUNCHER_ARGS[@]}" "$@"
+        ;;
+    esac
+}
+
+# attend COMMAND...: run it and hear signals meanwhile, which bash does only while it waits for a child.
+attend() {
+    local pid code
+    ("$@") &
+    pid=$!
+    while :; do
+        interrupted=
+        code=0
+        wait "$pid" || code=$?
+        [ -n "$interrupted" ] || return "$code"
+    done
+}
+
+# --- stopping ---------------------------------------------------------------------------------------------------------
+
+asked='' interrupted=''
+WARNED="asked to stop by SIGUSR2"
+# SLURM's warning before the time limit, or yours (scancel --batch --signal=USR2 JOB). A file reaches the ranks under
+# every launcher, and whatever they are doing; horovodrun hands on no signal, and mpirun none that comes too early.
+on_warning() {
+    interrupted=1 asked=$WARNED
+    say "$asked: the run saves at its next step"
+    if [ -d "$RUN_DIR" ]; then touch "$RUN_DIR/STOP"; fi
+}
+# scancel and preemption send it to the ranks too; 30 seconds later everything is killed.
+on_end() {
+    interrupted=1 asked="ended by SIGTERM"
+    say "$asked"
+    if [ -d "$RUN_DIR" ]; then touch "$RUN_DIR/STOP"; fi
+}
+trap on_warning USR2
+trap on_end TERM
+
+status() {
+    single python -c 'import json, sys
+s = json.load(open(sys.argv[1]))
+print(s["state"], "at step", s.get("step", 0), "of", s.get("total_steps", "?"), s.get("reason", ""))
+' "$RUN_DIR/status.json"
+}
+
+# again REASON: the same job once more, or an end that says why not.
+again() {
+    if [ "$RESTARTS" -ge "$MAX_REQUEUES" ]; then
+        give_up "$1, and this was start $((RESTARTS + 1)) with MAX_REQUEUES=$MAX_REQUEUES" 75
+    fi
+    scontrol requeue "$JOB" || give_up "$1, and SLURM refuses to requeue" 75
+    say "requeued as job $JOB: $1; restart $((RESTARTS + 1)) of at most $MAX_REQUEUES"
+    exit 0
+}
+
+# --- the job ----------------------------------------------------------------------------------------------------------
+
+train() {
+    if [ -n "${SLURM_ARRAY_TASK_ID:-}" ] && [[ " $* " != *" --seed"* ]]; then
+        set -- "$@" --seed "$SLURM_ARRAY_TASK_ID"
+    fi
+    if [ -n "${STAGE:-}" ]; then set -- "$@" --data.stage "$STAGE"; fi
+    say "job $JOB on $NODES x $PER_NODE tasks ($SLURM_JOB_NODELIST), start $((RESTARTS + 1)): $*"
+    [ "$RESTARTS" -le "$MAX_REQUEUES" ] ||
+        refuse "job $JOB was restarted $RESTARTS times, by SLURM itself, and MAX_REQUEUES is $MAX_REQUEUES"
+    if [ "$GPUS" -gt 0 ] && [ "$GPUS" -ne "$PER_NODE" ]; then
+        refuse "$GPUS GPUs on each node, but $PER_NODE tasks: add --ntasks-per-node=$GPUS"
+    fi
+    single python -m dist_lars.train "$@" --dry_run --world_size "$RANKS" || exit $?
+
+    mkdir -p "$RUN_DIR"
+    rm -f "$RUN_DIR/STOP" # of an earlier start that ended before it was seen
+    set -- "$@" --run_dir "$RUN_DIR"
+    preflight "$@"
+    if [ "$asked" = "$WARNED" ]; then again "$asked before the run began"; fi
+    local before code=0
+    before=$(cat "$RUN_DIR/status.json" 2>/dev/null) || true
+    attend launch "$LAUNCHER" python -m dist_lars.train "$@" || code=$?
+    say "the launcher ended with $code"
+    if [ "$(cat "$RUN_DIR/status.json" 2>/dev/null)" = "$before" ]; then
+        give_up "the run did not begin, for the reason above" "$code"
+    fi
+    finish "$code"
+}
+
+# preflight OPTIONS: examine the nodes, and find out which launcher makes one job of all ranks.
+preflight() {
+    local candidates=("$LAUNCHER") code=0
+    if [ "$LAUNCHER" = auto ]; then candidates=(srun mpirun); fi
+    LAUNCHER=${candidates[0]}
+    if [ "${PREFLIGHT:-yes}" = no ]; then return; fi
+    for LAUNCHER in "${candidates[@]}"; do
+        say "preflight by $LAUNCHER"
+        rm -rf "$RUN_DIR/preflight" "$RUN_DIR/preflight.json"
+        code=0
+        # The examination ends itself within a minute, unless the launcher hangs.
+        PATIENCE="timeout --kill-after=10 90" attend launch "$LAUNCHER" \
+            python -m dist_lars.doctor --cluster "$@" || code=$?
+        if [ "$code" = 0 ]; then return; fi
+        if [ -e "$RUN_DIR/preflight.json" ]; then break; fi # it found a fault, which another launcher would not mend
+        say "no job of $RANKS ranks by $LAUNCHER (exit code $code)"
+    done
+    if [ "$asked" = "$WARNED" ]; then again "$asked during the preflight"; fi
+    say "preflight failed: nothing was started (PREFLIGHT=no skips it)"
+    exit "$code"
+}
+
+# finish CODE: what the run says of its end decides, for launchers change exit codes.
+finish() {
+    local outcome
+    outcome=$(status) || outcome="unknown, for $RUN_DIR/status.json cannot be read"
+    say "the run: $outcome"
+    case $outcome in
+    finished*) exit 0 ;;
+    running*) outcome="the ranks ended without a word: killed, out of memory, or a lost node" ;;
+    stopped*)
+        if [ "$asked" = "$WARNED" ]; then again "$asked"; fi
+        # What SLURM ends and wants again, it requeues by itself.
+        if [ -z "$asked" ] && [[ $outcome == *"time limit"* || $outcome == *SIGUSR2* ]]; then again "$outcome"; fi
+        give_up "$outcome" 75
+        ;;
+    esac
+    give_up "$outcome" "$1"
+}
+
+# give_up WHY CODE: no further start, for it would end the same way, or nobody wants it.
+give_up() {
+    say "not requeued: $1"
+    say "to continue this run: RUN_DIR=$RUN_DIR sbatch ... with the same template and options"
+    exit $(($2 ? $2 : 1))
+}

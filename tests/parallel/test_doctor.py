@@ -1,0 +1,71 @@
+"""`doctor --cluster` on real ranks: what is wrong with one of them is found, named, and told in time."""
+
+import json
+import re
+import time
+
+import pytest
+
+from tests.conftest import MPIRUN, ROOT
+
+pytestmark = pytest.mark.parallel
+WORKER = str(ROOT / "tests/parallel/worker_doctor.py")
+
+
+@pytest.fixture
+def examine(command, tmp_path):
+    """`examine("clock", 1)` -> (exit code, output, {check: [status, value and repair]} of preflight.json)."""
+
+    def run(fault, sick, np=2):
+        done = command(*MPIRUN, "-np", str(np), "python", WORKER, fault, str(sick), str(tmp_path / "run"), timeout=90)
+        verdict = tmp_path / "run/preflight.json"
+        checks = json.loads(verdict.read_text()) if verdict.exists() else []
+        return done.returncode, done.stdout, {c["name"]: [c["status"], f"{c['value']} -> {c['fix']}"] for c in checks}
+
+    return run
+
+
+def test_three_equal_nodes_pass(examine, tmp_path):
+    code, output, checks = examine("none", 0, np=3)
+    assert code == 0, output
+    assert len(checks) == 11
+    assert not [c for c in checks.values() if c[0] == "FAIL"]
+    assert re.search(r"^node2 +2 +1 x cpu", output, re.M)
+    assert "3 nodes in a ring" in checks["links"][1]
+    assert not (tmp_path / "run/preflight").exists()
+
+
+@pytest.mark.parametrize(
+    ("fault", "check", "words"),
+    [
+        ("version", "versions", r"torch is 2\S+ on node0; 1\.0 on node1 -> one environment"),
+        ("clock", "clocks", r"that of node1 is \+(45|90)\.0 s off"),
+        ("shared", "run directory", r"files of rank 0 are not visible on node1 -> a --run_dir on a file system"),
+        ("stage", "scratch", r"staging /proc/none: No such file"),
+    ],
+)
+def test_one_node_differs(examine, fault, check, words):
+    code, output, checks = examine(fault, 1)
+    assert code == 3, output
+    assert checks[check][0] == "FAIL"
+    assert re.search(words, checks[check][1]), checks[check]
+    assert [name for name, c in checks.items() if c[0] == "FAIL"] == [check]
+
+
+def test_a_rank_that_raises_is_named_at_once(examine):
+    began = time.monotonic()
+    code, output, checks = examine("raise", 1)
+    assert time.monotonic() - began < 40
+    assert code != 0
+    assert "rank 1 on" in output
+    assert "failed while looking around: OSError: this disk is gone" in checks["progress"][1]
+
+
+@pytest.mark.parametrize("sick", [0, 1])
+def test_a_rank_that_hangs_is_named_in_time(examine, sick):
+    code, output, checks = examine("stop", sick)
+    assert code != 0
+    assert re.search(rf"rank {1 - sick} on \S+ waited 20 s while", output)
+    assert f"rank {sick} on" in checks["progress"][1]
+    assert "stands at 'looking around' and answers no more" in checks["progress"][1]
+    assert "sbatch --exclude=" in checks["progress"][1]

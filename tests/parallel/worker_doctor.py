@@ -1,0 +1,45 @@
+"""One rank of `doctor --cluster` on a made-up node: argv is FAULT RANK RUN_DIR, the fault of rank RANK alone."""
+
+import dataclasses
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+from dist_lars import doctor_cluster
+from dist_lars.cli import load_config
+from dist_lars.doctor_roll import Deadline, Roll
+
+fault, sick, folder = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
+rank = int(os.environ["OMPI_COMM_WORLD_RANK"])
+mine = rank == sick
+LIMIT = 20.0  # seconds until a hang is named
+
+
+def change(facts):
+    """Each rank its own node, and the sick one's fault."""
+    facts = dataclasses.replace(facts, host=f"node{rank}")
+    if mine and fault == "version":
+        return dataclasses.replace(facts, versions={**facts.versions, "torch": "1.0"})
+    if mine and fault == "raise":
+        raise OSError("this disk is gone")
+    if mine and fault == "stop":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    return facts
+
+
+def clock():
+    """Seconds since the epoch, as this node thinks."""
+    return time.time() + 90 * (mine and fault == "clock")
+
+
+config = load_config(
+    "quickstart",
+    overrides={"run_dir": str(folder), "device": "cpu", "data.stage": "/proc/none" if fault == "stage" else None},
+)
+if mine and fault == "shared":  # a run directory that this node has for itself
+    folder = folder.with_name("elsewhere")
+roll = Roll(folder, rank)
+with Deadline(roll, LIMIT):
+    sys.exit(doctor_cluster.examine(config, roll, clock=clock, change=change))

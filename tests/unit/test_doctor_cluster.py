@@ -1,0 +1,194 @@
+"""What the doctor concludes from the facts of many nodes: the sick one is named, with cause and repair."""
+
+import dataclasses
+import json
+
+import pytest
+
+from dist_lars import doctor_verdict as verdict
+from dist_lars.config import Config as Settings
+from dist_lars.config import Data
+from dist_lars.doctor_host import Check
+from dist_lars.doctor_node import probe, source_digest, unseen_data
+from dist_lars.doctor_roll import Roll, behind
+from dist_lars.doctor_verdict import Facts, Link, Place
+
+
+def facts(nodes=128, per_node=4, **changed):
+    """Ranks of equal GPU nodes n0, n1 ...; `n3={"data": "x"}` changes the facts of a node's ranks."""
+    found = []
+    for rank in range(nodes * per_node):
+        host, local = f"n{rank // per_node}", rank % per_node
+        one = Facts(
+            rank=rank, host=host, local_rank=local, local_size=per_node, device="GPU X", device_id=f"{host}-{local}",
+            gpus_granted=per_node, gpus_seen=per_node, cpu="CPU Y", cores=8, memory=512.0,
+            operations="MPI controller; built in MPI, GLOO, NCCL",
+            versions={"python": "3.11", "torch": "2.14.1", "horovod": "0.28.1", "dist_lars": "0.1"},
+            places=(Place("scratch", "/tmp", free=9e10), Place("run directory", "/r", free=9e12)) if local == 0 else (),
+        )  # fmt: skip
+        found.append(dataclasses.replace(one, **changed.get(host, {})))
+    return found
+
+
+def found(check):
+    """(status, everything that is printed of it)."""
+    return check.status, f"{check.value} -> {check.fix}"
+
+
+def test_512_equal_ranks_are_fine():
+    checks = verdict.judge(facts(), cpu_wanted=False)
+    assert [c.status for c in checks] == 6 * ["ok"]
+    assert checks[0].value == "512 x GPU X on 128 nodes"
+    lines = verdict.node_table(facts()).splitlines()
+    assert len(lines) == 129
+    assert lines[2].split()[:2] == ["n1", "4-7"]
+
+
+@pytest.mark.parametrize(
+    ("changed", "name", "words"),
+    [
+        ({"versions": {"python": "3.11", "torch": "2.13.0", "horovod": "0.28.1", "dist_lars": "0.1"}}, "versions",
+         ["torch is 2.14.1 on most nodes; 2.13.0 on n77", "one environment"]),
+        ({"operations": "MPI controller; built in MPI"}, "horovod", ["on n77", "one environment"]),
+        ({"device": "cpu", "device_id": "", "gpus_seen": 0}, "devices", ["torch sees none on n77", "nvidia-smi"]),
+        ({"device": "GPU Z"}, "devices", ["GPU Z on n77 (rank 308)", "--constraint"]),
+        ({"device_id": "same"}, "devices", ["share one GPU", "on n77", "--gpu-bind=none"]),
+        ({"data": "/d/train: No such file or directory"}, "data", ["not visible on n77: /d/train", "--exclude=n77"]),
+        ({"places": (Place("scratch", "/tmp", "Permission denied"),)}, "scratch",
+         ["scratch /tmp: Permission denied, on n77", "--exclude=n77"]),
+        ({"places": (Place("run directory", "/r", "Disk quota exceeded"),)}, "scratch", ["on n77", "container"]),
+    ],
+)  # fmt: skip
+def test_the_sick_node_is_named(changed, name, words):
+    checks = verdict.judge(facts(n77=changed), cpu_wanted=False)
+    (bad,) = [c for c in checks if c.status != "ok"]
+    assert (bad.name, bad.status) == (name, "FAIL")
+    assert all(word in found(bad)[1] for word in words), found(bad)
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"cpu": "CPU Old"}, ["CPU Old on n77", "slowest"]),
+        ({"places": (Place("shared memory", "/dev/shm", free=64e6),)}, ["/dev/shm has 0.1 GB free on n77"]),
+        ({"places": (Place("run directory", "/r", free=9e12, files=12),)}, ["takes 12 more files on n77", "container"]),
+    ],
+)
+def test_what_only_costs_is_a_warning(changed, words):
+    (bad,) = [c for c in verdict.judge(facts(n77=changed), cpu_wanted=False) if c.status != "ok"]
+    assert bad.status == "warn"
+    assert all(word in found(bad)[1] for word in words), found(bad)
+
+
+def test_uneven_nodes_missing_nccl_and_cpu_runs():
+    assert verdict.check_devices(facts(2)[:-1], False).status == "warn"
+    plain = [dataclasses.replace(f, operations="MPI controller; built in MPI") for f in facts(2)]
+    assert "HOROVOD_GPU_OPERATIONS=NCCL" in verdict.check_operations(plain).fix
+    cpus = [dataclasses.replace(f, device="cpu", device_id="", gpus_seen=0) for f in facts(2)]
+    assert verdict.check_devices(cpus, cpu_wanted=True).status == "ok"
+    assert verdict.check_devices(cpus, cpu_wanted=False).status == "FAIL"
+    blind = [dataclasses.replace(f, data="/d: gone" if f.local_rank == 0 else "") for f in facts(3)]
+    assert "not visible on any node: /d: gone" in verdict.check_data(blind).value
+    assert "DIST_LARS_DATA" in verdict.check_data(blind).fix
+
+
+def test_two_nodes_that_differ_are_both_shown():
+    two = facts(2, n1={"cpu": "other"})
+    assert verdict.check_cpus(two).value == "CPU Y on n0; other on n1"
+
+
+@pytest.mark.parametrize(("offset", "status"), [(0.01, "ok"), (-3.0, "warn"), (90.0, "FAIL")])
+def test_clocks(offset, status):
+    got, text = found(verdict.check_clocks({"n0": 0.0, "n1": 0.002, "n2": offset}))
+    assert got == status
+    assert status == "ok" or f"that of n2 is {offset:+.1f} s off" in text
+
+
+def ring(*rates):
+    n = len(rates)
+    return [Link(f"n{i}", f"n{(i + 1) % n}", rate * 1e9) for i, rate in enumerate(rates)]
+
+
+@pytest.mark.parametrize(
+    ("rates", "status", "words"),
+    [
+        ((10, 9, 8, 10), "ok", "4 nodes in a ring: 8 to 10 GB/s"),
+        ((10, 1, 1, 10), "FAIL", "n2 is slow to both of its neighbours"),
+        ((1, 10, 10, 1), "FAIL", "n0 is slow to both"),
+        ((1, 1, 10), "FAIL", "n1 is slow to both"),
+        ((10, 1, 10, 10), "warn", "n1 to n2 is slow"),
+    ],
+)
+def test_a_slow_node_has_two_slow_links(rates, status, words):
+    got, text = found(verdict.check_ring(ring(*rates), len(rates)))
+    assert (got, words in text) == (status, True), text
+
+
+def test_a_part_of_the_ring_one_link_and_none():
+    assert "the first 3 of 9 nodes" in verdict.check_ring(ring(5, 5, 5, 5)[:2], 9).value
+    assert "n0 to n1 2 GB/s" in verdict.check_ring([Link("n0", "n1", 2e9)], 2).value
+    assert verdict.check_ring([], 1).status == "ok"
+    assert verdict.check_ring(ring(1, 9, 9, 1)[:3], 9).status == "warn"  # n0's other neighbour was not tried
+
+
+def test_bus_bandwidth():
+    check = verdict.check_allreduce([0.2, 0.1], 4, 64 << 20)
+    assert "64 MB over 4 ranks in 100.0 ms, bus bandwidth 1.01 GB/s" in check.value  # 2 x 3/4 x 67.1 MB / 0.1 s
+    slow = verdict.check_allreduce([2.0], 4, 64 << 20)
+    assert (slow.status, "INTERFACE" in slow.fix) == ("warn", True)
+
+
+def test_a_folder_that_cannot_be_written_says_why(tmp_path):
+    (tmp_path / "file").write_text("")
+    assert "Not a directory" in probe("scratch", str(tmp_path / "file" / "x")).problem or probe("s", "/proc/x").problem
+    good = probe("scratch", str(tmp_path / "new"))
+    assert not good.problem
+    assert good.free > 0
+    assert not list((tmp_path / "new").iterdir())
+
+
+def test_data_is_looked_for_where_the_run_would(tmp_path):
+    at = lambda path: unseen_data(Settings(data=Data(path=str(path))))  # noqa: E731
+    assert f"{tmp_path}/no/train: No such file" in at(tmp_path / "no")
+    (tmp_path / "train").mkdir()
+    assert "is empty" in at(tmp_path)
+    (tmp_path / "train" / "class").mkdir()
+    assert at(tmp_path) == ""
+    assert unseen_data(Settings(data=Data(kind="synthetic"))) == ""
+
+
+def test_another_checkout_has_another_digest(tmp_path):
+    (tmp_path / "a.py").write_text("x = 1\n")
+    before = source_digest(tmp_path)
+    (tmp_path / "a.py").write_text("x = 2\n")
+    assert source_digest(tmp_path) != before
+
+
+def test_the_roll_names_who_is_behind(tmp_path):
+    rolls = [Roll(tmp_path, rank) for rank in range(3)]
+    for roll in rolls:
+        roll.at("starting", answers=True)
+    assert behind(rolls[0].call(), 4)[:2] == (True, "rank 3 never started")
+    assert behind(rolls[0].call(), 3)[:2] == (False, "all ranks wait for each other")
+    rolls[0].at("reducing", answers=True)
+    rolls[2].at("reducing", answers=True)
+    sick, text, repair = behind(rolls[2].call(), 3)
+    assert sick
+    assert text.startswith("rank 1 on ")
+    assert text.endswith("stands at 'starting' while the others do not")
+    assert "--exclude=" in repair
+    rolls[1].at("reducing")
+    assert "rank 1 on" in behind(rolls[2].call(), 3)[1]
+    assert "answers no more" in behind(rolls[2].call(), 3)[1]
+
+
+def test_the_verdict_outlives_the_roll(tmp_path):
+    roll = Roll(tmp_path, 0)
+    roll.at("starting")
+    roll.conclude([Check("clocks", "ok", "fine")])
+    assert [p.name for p in tmp_path.iterdir()] == ["preflight.json"]
+    roll.at("late")
+    Roll(tmp_path, 1).conclude([Check("progress", "FAIL", "a consequence")])
+    assert json.loads((tmp_path / "preflight.json").read_text())[0]["name"] == "clocks"
+    Roll(tmp_path, 0)
+    assert not (tmp_path / "preflight.json").exists()

@@ -1,0 +1,176 @@
+"""The templates: resources, one launch line, and a global batch that is exactly the recipe's."""
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from dist_lars.cli import load_config
+from dist_lars.plan import make_plan
+from tests.conftest import environment
+
+ROOT = Path(__file__).resolve().parents[2]
+TEMPLATES = sorted(p for p in (ROOT / "slurm").glob("*.sbatch") if p.stem not in ("scaling", "study"))
+WANTED = {"resnet18_8k", "resnet18_16k", "resnet18_32k", "alexnet_bn_8k", "alexnet_bn_16k", "alexnet_bn_32k",
+          "resnet50_8k", "resnet50_32k"}  # fmt: skip
+SAME = {
+    "cpus-per-task": "8", "mem": "0", "exclusive": "", "time": "24:00:00", "signal": "B:USR2@300", "requeue": "",
+    "open-mode": "append", "output": "%x-%j.log", "gpus-per-node": "4", "ntasks-per-node": "4",
+}  # fmt: skip
+
+
+def options(template: Path) -> dict[str, str]:
+    """{option: value} of the #SBATCH lines."""
+    return dict(re.findall(r"^#SBATCH --([\w-]+)=?(\S*)$", template.read_text(), re.M))
+
+
+def test_every_recipe_of_8k_and_more_has_one():
+    assert {t.stem for t in TEMPLATES} >= WANTED
+
+
+@pytest.mark.parametrize("template", TEMPLATES, ids=lambda t: t.stem)
+def test_the_batch_is_exactly_that_of_the_preset(template):
+    told, config = options(template), load_config(template.stem)
+    ranks = int(told["nodes"]) * int(told["ntasks-per-node"])
+    plan = make_plan(config, ranks, config.data.train_images, config.data.val_images)
+    assert plan.batch_size == {"8k": 8192, "16k": 16384, "32k": 32768}[template.stem.split("_")[-1]]
+    assert ranks * plan.micro_batch * plan.accumulation == plan.batch_size
+    said = re.search(
+        r"global batch ([\d,]+): (\d+) nodes x (\d+) GPUs x (\d+) images x (\d+) passes", template.read_text()
+    )
+    assert [int(n.replace(",", "")) for n in said.groups()] == [
+        plan.batch_size, int(told["nodes"]), 4, plan.micro_batch, plan.accumulation,
+    ]  # fmt: skip
+    full = int(re.search(r"--nodes=(\d+) slurm/", template.read_text())[1])
+    assert make_plan(config, 4 * full, config.data.train_images, config.data.val_images).accumulation == 1
+
+
+@pytest.mark.parametrize("template", TEMPLATES, ids=lambda t: t.stem)
+def test_a_template_is_resources_and_one_launch_line(template):
+    text = template.read_text()
+    told = options(template)
+    assert told.pop("job-name") == template.stem
+    told.pop("nodes")
+    assert told == SAME
+    code = [line for line in text.splitlines() if line and not line.startswith("#")]
+    assert code == [
+        'source "${SLURM_SUBMIT_DIR:?submit it by sbatch, from the folder that holds slurm/}/slurm/common.sh"',
+        f'train --preset {template.stem} "$@"',
+    ]
+
+
+def test_outside_of_slurm_a_template_says_how_to_use_it():
+    done = subprocess.run(["bash", str(TEMPLATES[0])], env={"PATH": "/usr/bin:/bin"}, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "submit it by sbatch, from the folder that holds slurm/" in done.stderr
+
+
+def test_every_variable_of_the_shared_file_is_documented():
+    """Whatever a user may set is listed at its top, with the default that it really has."""
+    text = (ROOT / "slurm/common.sh").read_text()
+    head, body = text.split("set -euo pipefail", 1)
+    told = dict(re.findall(r"^#   ([A-Z_]+)=(\S+)", head, re.M))
+    read = dict(re.findall(r"\$\{([A-Z][A-Z_]+):-([^}]*)\}", body))
+    ours = {name for name in read if not name.startswith(("SLURM_", "NCCL_"))} - {"JOB", "PATIENCE"}
+    assert set(told) == ours | {"DIST_LARS_DATA", "INTERFACE"}
+    for name in ("LAUNCHER", "MPI_TYPE", "MAX_REQUEUES", "PREFLIGHT"):
+        assert told[name] == read[name]
+
+
+# --- what is launched: srun and apptainer are stand-ins that write down how they are called, for neither Pyxis nor
+# --- Apptainer can be installed from Debian. tests/cluster runs the same file on a real SLURM.
+
+STAND_IN = """#!/bin/bash
+told="ranks=${DIST_LARS_RANKS:-} cpus=${SRUN_CPUS_PER_TASK:-} nccl=${NCCL_SOCKET_IFNAME:-}"
+echo "$(basename "$0") $* | $told" >> "$CALLS"
+"""
+ALLOCATION = {
+    "SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "job", "SLURM_JOB_NUM_NODES": "2", "SLURM_NTASKS_PER_NODE": "4",
+    "SLURM_GPUS_PER_NODE": "a100:4", "SLURM_CPUS_PER_TASK": "8", "SLURM_JOB_NODELIST": "n[1-2]",
+}  # fmt: skip
+
+
+@pytest.fixture
+def calls(tmp_path):
+    """`calls(NAME=value...)` runs a template with stand-ins -> (its output, one line per call)."""
+    shutil.copytree(ROOT / "slurm", tmp_path / "slurm", ignore=shutil.ignore_patterns("site.sh"))
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "empty/bin").mkdir(parents=True)
+    for name in ("bin/srun", "bin/mpirun", "bin/apptainer", "bin/scontrol", "empty/bin/python"):
+        (tmp_path / name).write_text("#!/bin/sh\nexit 1\n" if "python" in name else STAND_IN)
+        (tmp_path / name).chmod(0o755)
+
+    def run(**extra):
+        env = {
+            **environment(), **ALLOCATION, "SLURM_SUBMIT_DIR": str(tmp_path), "CALLS": str(tmp_path / "calls"),
+            "PREFLIGHT": "no", "DIST_LARS_DATA": "/data", **extra,
+        }  # fmt: skip
+        env["PATH"] = f"{tmp_path}/bin:{env['PATH']}"
+        words = ["bash", str(tmp_path / "slurm/resnet18_8k.sbatch"), "--epochs", "3"]
+        done = subprocess.run(words, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+        log = tmp_path / "calls"
+        return done.stdout + done.stderr, log.read_text().splitlines() if log.exists() else []
+
+    return run
+
+
+TRAIN = "python -m dist_lars.train --preset resnet18_8k --epochs 3 --run_dir runs/job-7"
+
+
+def test_srun_gets_the_cores_the_ranks_and_the_network(calls):
+    _, (line,) = calls(LAUNCHER="srun", INTERFACE="ib0", MPI_TYPE="cray_shasta", LAUNCHER_ARGS="--nice=5 --quiet")
+    words, _, told = line.partition(" | ")
+    assert words == (
+        "srun --nodes=2 --ntasks=8 --ntasks-per-node=4 --mpi=cray_shasta --gpu-bind=none --kill-on-bad-exit=1 "
+        f"--wait=60 --label --nice=5 --quiet {TRAIN}"
+    )
+    assert told == "ranks=8 cpus=8 nccl=ib0"
+
+
+def test_apptainer_stands_between_launcher_and_python(calls, tmp_path):
+    output, lines = calls(LAUNCHER="mpirun", CONTAINER="dist_lars.sif", CONTAINER_ARGS="--bind /scratch")
+    inside = f"exec --bind {tmp_path},/data --pwd {tmp_path} --nv --bind /scratch dist_lars.sif"
+    assert lines[0].startswith(
+        f"apptainer {inside} python -m dist_lars.train --preset resnet18_8k --epochs 3 --dry_run"
+    )
+    assert f"{tmp_path}/bin/apptainer {inside} {TRAIN}" in lines[1]
+    assert lines[1].startswith("mpirun -np 8 --map-by ppr:4:node --bind-to none")
+    assert "-x DIST_LARS_DATA" in lines[1]
+
+
+def test_pyxis_is_an_option_of_srun(calls, tmp_path):
+    lines = [line for line in calls(CONTAINER="centre#dist_lars:1")[1] if line.startswith("srun")]
+    image = f"--container-image=centre#dist_lars:1 --container-mounts={tmp_path}:{tmp_path},/data:/data"
+    assert all(image in line for line in lines)
+    assert "--overlap" in lines[0]
+    assert "--dry_run --world_size 8" in lines[0]
+    assert TRAIN in lines[1]
+    output, lines = calls(CONTAINER="x.sqsh", LAUNCHER="mpirun")
+    assert "works with LAUNCHER=srun, not mpirun" in output
+
+
+@pytest.mark.parametrize(
+    ("extra", "words"),
+    [
+        ({"LAUNCHER": "pmi"}, "LAUNCHER=pmi, but it must be srun, mpirun, horovodrun or auto"),
+        ({"SLURM_GPUS_PER_NODE": "8"}, "8 GPUs on each node, but 4 tasks: add --ntasks-per-node=8"),
+        ({"SLURM_RESTART_COUNT": "21"}, "was restarted 21 times, by SLURM itself, and MAX_REQUEUES is 20"),
+        ({"SLURM_JOB_NUM_NODES": "3", "SLURM_GPUS_PER_NODE": ""}, "batch_size 8192"),
+        ({"CONTAINER": "x.sif", "LAUNCHER": "horovodrun"}, "use srun or mpirun"),
+        ({"VENV": "empty"}, "has no dist_lars: run `make install` on the login node"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_anything_starts(calls, extra, words):
+    output, lines = calls(**extra)
+    assert words in output
+    assert not lines
+
+
+def test_what_an_earlier_start_left_is_not_taken_for_the_outcome(calls, tmp_path):
+    (tmp_path / "runs/job-7").mkdir(parents=True)
+    (tmp_path / "runs/job-7/status.json").write_text('{"state": "stopped", "reason": "time limit"}')
+    output, lines = calls(LAUNCHER="srun")  # the stand-in ends well, and trains nothing
+    assert "not requeued: the run did not begin" in output
+    assert not [line for line in lines if "requeue" in line]
