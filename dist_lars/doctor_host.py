@@ -7,6 +7,7 @@ import importlib.metadata
 import os
 import resource
 import shutil
+import socket
 import sys
 from pathlib import Path
 
@@ -111,6 +112,15 @@ def check_shared_memory() -> Check:
     return Check("shared memory", "ok", f"{free:.1f} GB free in /dev/shm")
 
 
+def check_host_name() -> Check:
+    """Gloo asks for the address of the host's own name, and crashes without a word where there is none."""
+    name = socket.gethostname()
+    try:
+        return Check("host name", "ok", f"{name}, {socket.gethostbyname(name)}")
+    except OSError:
+        return warn("host name", f"{name} has no address: Gloo cannot start", f"add `127.0.0.1 {name}` to /etc/hosts")
+
+
 def check_open_files() -> Check:
     """Loader workers hold many files and sockets."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -119,4 +129,7 @@ def check_open_files() -> Check:
     return Check("open files", "ok", f"limit {soft}")
 
 
-CHECKS = (check_python, check_torch, check_cuda, check_decoder, check_cores, check_shared_memory, check_open_files)
+CHECKS = (
+    check_python, check_torch, check_cuda, check_decoder, check_cores, check_shared_memory, check_host_name,
+    check_open_files,
+)  # fmt: skip

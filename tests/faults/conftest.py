@@ -40,13 +40,17 @@ class Job:
     def run_dir(self) -> Path:
         return self.folder / "run"
 
+    def launch(self) -> list[str]:
+        """The words that start what follows them on every rank."""
+        return [*{**LAUNCHERS, "torchrun": TORCHRUN}[self.launcher], str(self.ranks)]
+
     def start(self, fault: str = "none", rank: int = 0, step: int = 0, **extra: str) -> "Job":
         """Start it; `fault` is one of tests/faults/worker.py."""
         phases = self.folder / "phases"
         phases.mkdir(parents=True, exist_ok=True)
         words = [
-            *{**LAUNCHERS, "torchrun": TORCHRUN}[self.launcher], str(self.ranks), sys.executable, WORKER, fault,
-            str(rank), str(step), *OPTIONS, "--data.path", str(self.images), "--run_dir", str(self.run_dir),
+            *self.launch(), sys.executable, WORKER, fault, str(rank), str(step), *OPTIONS,
+            "--data.path", str(self.images), "--run_dir", str(self.run_dir),
             *self.options,
         ]  # fmt: skip
         self.log = (self.folder / "output.txt").open("a+")

@@ -244,3 +244,10 @@ def test_the_options_of_the_build_are_remembered(tmp_path):
     assert options(tmp_path) == first  # a plain `make train` later keeps the GPU build
     assert (tmp_path / ".options").stat().st_mtime_ns == stamp
     assert "/opt/site-mpi" in options(tmp_path, MPI_HOME="/opt/site-mpi")
+
+
+def test_a_host_without_an_address_is_a_warning(monkeypatch):
+    monkeypatch.setattr("socket.gethostname", lambda: "nobody.invalid")
+    check = doctor_host.check_host_name()
+    assert check.status == "warn"
+    assert "127.0.0.1 nobody.invalid" in check.fix

@@ -15,7 +15,9 @@ from dist_lars.config import LEAVES
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-SOURCES = [ROOT / "Makefile", ROOT / "slurm/common.sh", *(ROOT / "dist_lars").rglob("*.py")]
+SOURCES = [
+    ROOT / "Makefile", ROOT / "slurm/common.sh", ROOT / "docker/Dockerfile", *(ROOT / "dist_lars").rglob("*.py")
+]  # fmt: skip
 
 
 def commands() -> list[str]:
