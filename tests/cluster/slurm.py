@@ -188,7 +188,8 @@ class Job:
         self.until(lambda: self.facts()["Restarts"] != "0", "requeue", seconds)
         # its steps will have the numbers of the first start, which must have gone from the nodes
         self.until(lambda: not self.slurm.steps(), "the end of the first start", seconds)
-        self.slurm.on("scontrol", "update", f"JobId={self.number}", "StartTime=now")
+        # and no second warning: this start has ten minutes
+        self.slurm.on("scontrol", "update", f"JobId={self.number}", "StartTime=now", "TimeLimit=10")
 
 
 def until(true: Callable[[], object], what: str, seconds: float = 30) -> None:
