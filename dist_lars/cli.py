@@ -6,7 +6,6 @@ Keys are spelled with underscores; on the command line a dash is accepted for an
 
 import difflib
 import functools
-import os
 import sys
 import time
 from importlib import resources

@@ -51,6 +51,15 @@ def check(c: "Config") -> None:
         "optim.ema_decay": c.optim.ema_decay, "model.dropout": c.model.dropout,
     }  # fmt: skip
     _require(shares, lambda v: 0 <= v < 1, "must be in [0, 1)")
+    _data(c)
+    if c.schedule.warmup_epochs > c.epochs:
+        raise UserError(
+            f"schedule.warmup_epochs {c.schedule.warmup_epochs:g} is longer than epochs {c.epochs}: the peak learning "
+            f"rate would never be reached; use --schedule.warmup_epochs {c.epochs / 10:g}"
+        )
+
+
+def _data(c: "Config") -> None:
     if c.data.hold_out and c.data.kind == "synthetic":
         raise UserError("data.hold_out takes images from a folder, and random images have none: use --data.hold_out 0")
     if c.data.resize < c.data.image_size:
@@ -59,11 +68,6 @@ def check(c: "Config") -> None:
             f"cannot crop what is not there; use --data.resize {round(c.data.image_size * 8 / 7)}"
         )
     _only_horovods(c)
-    if c.schedule.warmup_epochs > c.epochs:
-        raise UserError(
-            f"schedule.warmup_epochs {c.schedule.warmup_epochs:g} is longer than epochs {c.epochs}: the peak learning "
-            f"rate would never be reached; use --schedule.warmup_epochs {c.epochs / 10:g}"
-        )
 
 
 def _only_horovods(c: "Config") -> None:
