@@ -21,7 +21,8 @@ from typing import Any
 import yaml
 
 from dist_lars.cli import preset_text, typed_options
-from dist_lars.config import MAY_DIFFER_ON_RESUME, Config, as_flat, flat_yaml, from_flat, plain
+from dist_lars.config import Config, as_flat, flat_yaml, from_flat, plain
+from dist_lars.continuation import MAY_DIFFER_ON_RESUME
 from dist_lars.errors import UserError
 from dist_lars.plan import Plan, make_plan, planned_images
 

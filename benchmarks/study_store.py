@@ -21,7 +21,8 @@ import yaml
 
 from benchmarks import record
 from dist_lars import runlog
-from dist_lars.config import MAY_DIFFER_ON_RESUME, from_flat
+from dist_lars.config import from_flat
+from dist_lars.continuation import MAY_DIFFER_ON_RESUME
 from dist_lars.errors import UserError
 
 Line = dict[str, Any]
