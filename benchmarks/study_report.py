@@ -166,14 +166,16 @@ def _comparisons(results: Results) -> str:
     rows = []
     for group in study_grid.groups(study) if reference else []:
         ours = next(cell for cell in group if cell.labels[study.series] == reference)
-        for other in group:
-            test = welch(results.top1(ours), results.top1(other)) if other is not ours else None
+        others = {tuple(run["id"] for run in results.of(cell)): cell for cell in group if cell is not ours}
+        for runs, other in others.items():  # arms that share their runs are one comparison, not two
+            alike = [c for c in group if tuple(run["id"] for run in results.of(c)) == runs]
+            test = welch(results.top1(ours), results.top1(other))
             if test:
                 rows.append(
                     {
                         **{k: v for k, v in other.labels.items() if k != study.series},
                         "steps per epoch": _steps(other),
-                        "difference": f"{reference} - {other.labels[study.series]}",
+                        "difference": f"{reference} - {' = '.join(c.labels[study.series] for c in alike)}",
                         "points": round(test.difference, 2),
                         "95 % interval": f"{test.low:.2f} to {test.high:.2f}",
                         "p": test.p,

@@ -31,10 +31,7 @@ class Data:
     )
     path: str | None = option(None, "the image folder, or its packed shards (default: $DIST_LARS_DATA)")
     val: str | None = option(None, "validation folder (default: val/, else test/, below data.path)")
-    hold_out: float = option(
-        0.0, "validate on this share of the training images, train on the others: to choose options by, before the "
-        "validation images are looked at; the share is the same for every seed",
-    )  # fmt: skip
+    hold_out: float = option(0.0, "validate on this share of the training images instead: to choose options by")
     image_size: int = option(224, "pixels of the square that the network sees")
     resize: int = option(256, "validation: the shorter side before the centre crop, in pixels")
     augment: Literal["inception", "minimal"] = option(

@@ -62,12 +62,12 @@ def _fit_together(c: "Config") -> None:
             f"data.resize {c.data.resize} is smaller than data.image_size {c.data.image_size}: validation "
             f"cannot crop what is not there; use --data.resize {round(c.data.image_size * 8 / 7)}"
         )
-    _only_horovods(c)
     if c.schedule.warmup_epochs > c.epochs:
         raise UserError(
             f"schedule.warmup_epochs {c.schedule.warmup_epochs:g} is longer than epochs {c.epochs}: the peak learning "
             f"rate would never be reached; use --schedule.warmup_epochs {c.epochs / 10:g}"
         )
+    _only_horovods(c)
 
 
 def _only_horovods(c: "Config") -> None:

@@ -116,3 +116,8 @@ def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             folder.mkdir(parents=True, exist_ok=True)
             Image.fromarray(pixels).save(folder / f"{i:03d}.jpg", quality=95)
     return root
+
+
+def kept(batches: Any) -> list[tuple[Any, Any]]:
+    """All batches at once: copies, for a batch's memory is used again."""
+    return [(pixels.clone(), labels.clone()) for pixels, labels in batches]

@@ -14,6 +14,7 @@ from dist_lars.data.folder import index_folder
 from dist_lars.data.loader import TrainOrder, batches
 from dist_lars.data.synthetic import digits_folder
 from dist_lars.errors import UserError
+from tests.conftest import kept
 
 
 def sets_of(path):
@@ -84,7 +85,7 @@ def test_classes_that_differ_are_named(tmp_path, image_folder):
 def test_workers_change_nothing(image_folder):
     sets = sets_of(image_folder)
     order = TrainOrder(24, 0, 0, 1, global_batch=8, micro_batch=4, start=0, stop=6)
-    alone, helped = (list(batches(sets.train, order, workers, pin=False)) for workers in (0, 2))
+    alone, helped = (kept(batches(sets.train, order, workers, pin=False)) for workers in (0, 2))
     assert len(alone) == len(helped) == 12
     assert all(np.array_equal(a[0], b[0]) and np.array_equal(a[1], b[1]) for a, b in zip(alone, helped, strict=True))
     assert alone[0][0].shape == (4, 16, 16, 3)

@@ -28,6 +28,7 @@ from dist_lars.data.cache import Remembered
 from dist_lars.data.loader import KEPT
 from dist_lars.data.stage import advice
 from dist_lars.errors import UserError
+from tests.conftest import kept
 
 OPTIONS = {"seed": 0, "image_size": 16, "resize": 20, "min_scale": 0.5, "flip": True}
 ORDER = TrainOrder(24, 0, 0, 1, global_batch=8, micro_batch=4, start=0, stop=9)
@@ -50,7 +51,7 @@ def sets_of(folder, **options):
 
 def everything(made):
     """(pixels, labels) of all batches in one piece each."""
-    pairs = [(pixels.clone(), labels) for pixels, labels in made]  # a batch's memory is used again
+    pairs = kept(made)
     return np.concatenate([p for p, _ in pairs]), np.concatenate([y for _, y in pairs])
 
 

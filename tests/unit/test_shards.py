@@ -14,6 +14,7 @@ from dist_lars.data.order import permutation
 from dist_lars.data.packing import Options, pack
 from dist_lars.data.shards import packed_index
 from dist_lars.errors import UserError
+from tests.conftest import kept
 
 OPTIONS = {"seed": 3, "image_size": 16, "resize": 20, "min_scale": 0.3, "flip": True}
 
@@ -35,7 +36,7 @@ def sets_of(path):
 @pytest.mark.parametrize("rank", [0, 1])
 def test_batches_from_shards_are_those_from_the_folder(image_folder, packed, rank):
     order = TrainOrder(24, 3, rank, 2, global_batch=8, micro_batch=2, start=0, stop=6)
-    a, b = (list(batches(sets_of(path).train, order, 0, pin=False)) for path in (image_folder, packed))
+    a, b = (kept(batches(sets_of(path).train, order, 0, pin=False)) for path in (image_folder, packed))
     assert len(a) == len(b) == 12
     for (x, y), (u, v) in zip(a, b, strict=True):
         assert x.equal(u)
@@ -47,7 +48,7 @@ def test_batches_from_shards_are_those_from_the_folder(image_folder, packed, ran
 def test_workers_read_shards_too(packed):
     order = TrainOrder(24, 3, 0, 1, global_batch=8, micro_batch=4, start=0, stop=3)
     images = folder_sets(*(i.shared() for i in list_folders(str(packed), None)), **OPTIONS).train
-    alone, helped = (list(batches(images, order, workers, pin=False)) for workers in (0, 1))
+    alone, helped = (kept(batches(images, order, workers, pin=False)) for workers in (0, 1))
     assert all(x.equal(u) and y.equal(v) for (x, y), (u, v) in zip(alone, helped, strict=True))
 
 

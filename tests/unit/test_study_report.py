@@ -109,6 +109,19 @@ def test_a_shared_run_counts_for_both_cells(tmp_path):
     assert len(results.records) == 3 + 3
 
 
+def test_arms_that_share_their_runs_are_one_comparison(tmp_path):
+    """Two names for the same numbers shall not make Holm's correction stricter."""
+    rules = {"linear": {"schedule.scaling": "linear"}, "sqrt": {"schedule.scaling": "sqrt"}}
+    axes = {"batch_size": [64], "arm": {**rules, "LARS": {"optim.name": "lars"}}}
+    wanted = study(tmp_path, axes=axes)
+    found = finish(wanted, lambda run: 60 + 5 * (run.cell.labels["arm"] == "LARS") + run.seed)
+    rows = study_report._comparisons(study_report.Results(wanted, found)).splitlines()[2:]
+    assert len(rows) == 1
+    assert "LARS - linear = sqrt" in rows[0]
+    p, corrected = (cell.strip() for cell in rows[0].split("|")[-3:-1])
+    assert p == corrected
+
+
 def test_plots_are_drawn(told):
     _, store, text = told
     for name in ("accuracy", "curves", "rates", "trust"):
