@@ -24,7 +24,7 @@ export PRTE_ALLOW_RUN_AS_ROOT := 1
 export PRTE_ALLOW_RUN_AS_ROOT_CONFIRM := 1
 endif
 
-.PHONY: help install train test test-cluster test-faults test-hosts test-docker test-install study check fmt \
+.PHONY: help install train test test-cluster test-faults test-hosts test-docker test-studies test-install study check fmt \
 	tables doctor mutants clean clean-docker FORCE
 .DELETE_ON_ERROR:
 
@@ -50,6 +50,9 @@ test-hosts: install  ## train over hosts of their own (network namespaces, as ro
 
 test-docker: install  ## build the image and try it out; without an engine by buildah, as root (its layers are kept)
 	python -m pytest -m docker tests/docker $(ARGS)
+
+test-studies: install  ## run small studies: kill and continue them, share them, on ranks (seven minutes)
+	python -m pytest -m studies tests/launch/test_study.py $(ARGS)
 
 test-install: install  ## build Horovod by other compilers, CMakes and MPIs (ten minutes)
 	python -m pytest -m install $(ARGS)

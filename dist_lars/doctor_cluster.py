@@ -26,6 +26,7 @@ from dist_lars.doctor_host import Check, check_decoder, check_torch
 from dist_lars.doctor_roll import EXIT_APART, EXIT_SICK, Deadline, Roll, as_json
 from dist_lars.doctor_verdict import Facts, Link
 from dist_lars.errors import UserError
+from dist_lars.launchers import place_of
 
 LIMIT = 45.0  # seconds
 ALLREDUCE = 64 << 20  # bytes, a model's gradients
@@ -38,9 +39,10 @@ def main(argv: list[str]) -> int:
     """Examine the ranks of this job; the exit code is the same on all of them."""
     try:
         config, extra = parse(argv, _parser())
+        place = place_of(os.environ)
     except UserError as e:
         fail(e)
-    roll = Roll(Path(config.run_dir) if config.run_dir else None, _own_rank())
+    roll = Roll(Path(config.run_dir) if config.run_dir else None, place.rank if place else 0)
     try:
         data_path(config)
     except UserError as e:
@@ -48,13 +50,6 @@ def main(argv: list[str]) -> int:
         fail(e)
     with Deadline(roll, extra["limit"]):
         return examine(config, roll, extra["json"])
-
-
-RANK_NAMES = ("OMPI_COMM_WORLD_RANK", "HOROVOD_RANK", "PMIX_RANK", "PMI_RANK", "SLURM_PROCID")
-
-
-def _own_rank() -> int:
-    return int(next((os.environ[name] for name in RANK_NAMES if os.environ.get(name)), 0))
 
 
 def _parser() -> Any:

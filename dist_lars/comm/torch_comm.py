@@ -3,6 +3,7 @@
 import os
 import socket
 import sys
+import time
 from collections.abc import Callable, Iterable, Mapping
 from datetime import timedelta
 from typing import Any, NoReturn
@@ -101,6 +102,9 @@ class TorchComm:
     def close(self) -> None:
         self.barrier()  # rank 0 keeps the store that the others leave by
         dist.destroy_process_group()
+        # Gloo's threads let go of the last tensors a moment later, and need Python for it: one that found it gone would
+        # abort a job that has succeeded.
+        time.sleep(0.2)
 
 
 def _wait(work: Any) -> None:

@@ -12,7 +12,7 @@ import pytest
 import yaml
 from conftest import MPIRUN, ROOT, environment, run_command
 
-pytestmark = pytest.mark.launch
+pytestmark = [pytest.mark.launch, pytest.mark.studies]
 
 TINY = {
     "name": "tiny",

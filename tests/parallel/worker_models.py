@@ -80,13 +80,13 @@ def resumed(comm: ranks.Comm) -> dict[str, Any]:
 def switched_on(comm: ranks.Comm) -> dict[str, Any]:
     """Run a without averages; run b goes on from its middle with them: the average against its own definition."""
     root = Path(comm.broadcast(tempfile.mkdtemp() if comm.rank == 0 else "", "folder"))
-    a = small(str(root / "a"), comm, **{"optim.ema_decay": None})
+    a = small(str(root / "a"), comm, **{"optim.ema_decay": 0.0})
     more = {"resume.from": str(root / "a" / "checkpoints" / "step-000000008.pt"), "resume.save_steps": 1}
     b = small(str(root / "b"), comm, **more, **{"resume.allow": ["optim.ema_decay"]})
     x, y = checkpoint.load(a.run_dir), checkpoint.load(b.run_dir)
     average = checkpoint.load(more["resume.from"])["model"]["0.weight"]
-    for step in range(9, 17):
-        weights = checkpoint.load(root / "b" / "checkpoints" / f"step-{step:09d}.pt")["model"]["0.weight"]
+    for step in range(8, 16):  # the first is step 0, and a checkpoint is named by how many are done
+        weights = checkpoint.load(root / "b" / "checkpoints" / f"step-{step + 1:09d}.pt")["model"]["0.weight"]
         average = average + (1 - min(0.6, step / (step + 9))) * (weights - average)
     comm.barrier()
     if comm.rank == 0:
