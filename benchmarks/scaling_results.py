@@ -77,6 +77,7 @@ def table(measured: dict[str, Measured], args: argparse.Namespace, hosts: dict[s
     """One row per case."""
     speeds = {m.case: m.speeds() for m in measured.values()}
     own_node = [c.ranks for c in speeds if len(hosts.get(f"{c.ranks} ranks", [])) == 1]
+    whole = max(own_node, default=0)  # ranks of one node
     rows = []
     for case, speed in speeds.items():
         seen = record.summary(speed)
@@ -87,9 +88,9 @@ def table(measured: dict[str, Measured], args: argparse.Namespace, hosts: dict[s
         one = speeds.get(Case(1, "none", data=case.data))
         if one is not None and case.carrier != "none" and case.passes == 1:
             row["of 1 rank"] = record.ratio(speed, case.ranks * one)["median"]
-        node = speeds.get(case._replace(ranks=max(own_node, default=0)))
-        if node is not None and case.carrier != "none" and max(own_node) < case.ranks:
-            row["of 1 node"] = record.ratio(speed / case.ranks, node / max(own_node))["median"]
+        node = speeds.get(case._replace(ranks=whole)) if whole > 1 else one if case.passes == 1 else None
+        if node is not None and case.carrier != "none" and 0 < whole < case.ranks:
+            row["of 1 node"] = record.ratio(speed / case.ranks, node / whole)["median"]
         ceiling = speeds.get(Case(case.ranks, "none", passes=case.passes, data=case.data))
         if ceiling is not None and case.carrier != "none":
             ratio = record.ratio(speed, ceiling)

@@ -307,8 +307,10 @@ def test_a_plan_that_does_not_come_out_even_is_refused_before_anything_starts(su
 @pytest.mark.parametrize("template", sorted(p.stem for p in (ROOT / "slurm").glob("*.sbatch")))
 def test_slurm_accepts_the_template(slurm, template):
     said = slurm.on("sbatch", "--test-only", "--partition=paper", f"slurm/{template}.sbatch")
-    nodes = re.search(r"^#SBATCH --nodes=(\d+)", (ROOT / f"slurm/{template}.sbatch").read_text(), re.M)[1]
-    assert re.search(rf"to start at .* using {32 * int(nodes)} processors", said)
+    text = (ROOT / f"slurm/{template}.sbatch").read_text()
+    nodes = int(re.search(r"^#SBATCH --nodes=(\d+)", text, re.M)[1])
+    cores = 32 if "--exclusive" in text else 1  # of a node
+    assert re.search(rf"to start at .* using {cores * nodes} processors", said)
 
 
 def test_slurm_refuses_what_it_does_not_have(slurm):
