@@ -214,12 +214,16 @@ def runs(study: Study, records: Records) -> list[Run]:
     for group in groups(study):
         factors = sweeps(study, group, records)
         found += [run for cell in group for run in sweep(study, cell, factors[cell.key])]
-        for cell in group:
-            factor = chosen(study, cell, factors[cell.key], records) if study.select else 1.0
-            if factor is not None and _settled(study, group, records):
-                first, *others = (final_run(study, cell, factor, seed) for seed in study.final["seeds"])
-                found.append(first)
-                later += others
+        best = [
+            factor for cell in group
+            if (factor := chosen(study, cell, factors[cell.key], records) if study.select else 1.0) is not None
+        ]  # fmt: skip
+        if len(best) < len(group):  # sweeps that are not over may still be extended, those of the whole group
+            continue
+        for cell, factor in zip(group, best, strict=True):
+            first, *others = (final_run(study, cell, factor, seed) for seed in study.final["seeds"])
+            found.append(first)
+            later += others
     return found + later
 
 
@@ -304,9 +308,3 @@ def _longer(tried: list[float], best: float | None) -> list[float]:
     ratio = tried[1] / tried[0] if len(tried) > 1 else 2.0
     upward = tried.index(best or tried[-1]) >= (len(tried) - 1) / 2
     return [*tried, tried[-1] * ratio] if upward else [tried[0] / ratio, *tried]
-
-
-def _settled(study: Study, group: list[Cell], records: Records) -> bool:
-    """Whether the sweeps of a group are over: what they found so far may still be extended."""
-    factors = sweeps(study, group, records)
-    return all(not study.select or chosen(study, cell, factors[cell.key], records) is not None for cell in group)

@@ -21,6 +21,7 @@ import yaml
 
 from benchmarks import record
 from dist_lars import runlog
+from dist_lars.checkpoint import write_aside
 from dist_lars.config import from_flat
 from dist_lars.continuation import MAY_DIFFER_ON_RESUME
 from dist_lars.errors import UserError
@@ -57,9 +58,7 @@ class Store:
                 lines.append({"kind": "machine", "id": on, **machine})
             if not any(line["kind"] == "run" and line["id"] == run["id"] for line in lines):
                 lines.append({"kind": "run", **run, "on": on})
-            aside = self.path.with_suffix(f".{os.getpid()}.tmp")
-            aside.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-            aside.replace(self.path)
+            write_aside(self.path, "".join(json.dumps(line) + "\n" for line in lines).encode())
 
     @contextmanager
     def _alone(self) -> Iterator[None]:

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import record, show
+from benchmarks.group import environment, start_words
 from dist_lars import runlog
 
 BATCH = 32  # images per rank and step
@@ -111,13 +112,10 @@ def list_candidates(folder: Path, images: Path | None, peer: Path | None, steps:
 
 def launch(ranks: int, words: list[str], cwd: Path) -> str:
     """Run `words` on so many ranks with one thread each; the output."""
-    root = Path(__file__).parent.parent
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
-    if os.geteuid() == 0:
-        env |= {f"{p}_ALLOW_RUN_AS_ROOT{s}": "1" for p in ("OMPI", "PRTE") for s in ("", "_CONFIRM")}
-    launcher = [str(Path(sys.executable).parent / "horovodrun"), "-np", str(ranks)]
-    env["PATH"] = f"{Path(sys.executable).parent}:{env['PATH']}"
-    done = subprocess.run([*launcher, *words], cwd=cwd, env=env, capture_output=True, text=True, timeout=900)
+    done = subprocess.run(
+        [*start_words("horovodrun", ranks), *words], cwd=cwd, env=environment(OMP_NUM_THREADS="1"),
+        capture_output=True, text=True, timeout=900,
+    )  # fmt: skip
     if done.returncode:
         raise SystemExit(f"{' '.join(words)} ended with {done.returncode}:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
     return done.stdout

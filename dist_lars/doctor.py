@@ -8,7 +8,6 @@ code is 1 if training with several ranks could not work. `--json` prints the sam
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import importlib.metadata
 import importlib.util
 import json
@@ -25,7 +24,7 @@ from typing import Any
 
 from dist_lars import doctor_host
 from dist_lars.build_facts import ARCH_FLAGS, PATCH, cpu_flags, digest, installed_build
-from dist_lars.doctor_host import Check, fail, warn
+from dist_lars.doctor_host import Check, as_json, fail, warn
 
 REBUILD = "python -m dist_lars.build_horovod (make install in a clone)"
 SECONDS = 90  # for two ranks to import torch from a slow disk
@@ -218,7 +217,7 @@ def main(argv: list[str] | None = None) -> int:
         worker()
         return 0
     checks = examine()
-    print(json.dumps([dataclasses.asdict(check) for check in checks], indent=1) if args.json else table(checks))
+    print(as_json(checks) if args.json else table(checks))
     return 1 if any(check.status == "FAIL" for check in checks) else 0
 
 

@@ -22,8 +22,8 @@ from typing import Any, NoReturn
 from dist_lars import doctor_verdict as verdict
 from dist_lars.cli import fail, is_first_process, make_parser, parse
 from dist_lars.config import Config, data_path
-from dist_lars.doctor_host import Check, check_decoder, check_torch
-from dist_lars.doctor_roll import EXIT_APART, EXIT_SICK, Deadline, Roll, as_json
+from dist_lars.doctor_host import Check, as_json, check_decoder, check_torch
+from dist_lars.doctor_roll import EXIT_APART, EXIT_SICK, Deadline, Roll
 from dist_lars.doctor_verdict import Facts, Link
 from dist_lars.errors import UserError
 from dist_lars.launchers import place_of

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
+import json
 import os
 import resource
 import shutil
 import socket
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from dist_lars import __version__
@@ -24,6 +26,11 @@ class Check:
     status: str  # ok, warn, FAIL
     value: str
     fix: str = ""
+
+
+def as_json(checks: Sequence[Check]) -> str:
+    """A list of checks, for programs."""
+    return json.dumps([dataclasses.asdict(check) for check in checks], indent=1)
 
 
 def fail(name: str, value: str, fix: str) -> Check:

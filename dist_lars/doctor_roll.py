@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import os
 import shutil
@@ -15,18 +14,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from dist_lars.doctor_host import Check
+from dist_lars.doctor_host import Check, as_json
 from dist_lars.doctor_verdict import exclude, fail, some, spans
+from dist_lars.launchers import expected_ranks
 
 EXIT_SICK = 3  # a check failed: no other launcher would help
 EXIT_APART = 4  # the ranks do not find each other: another launcher may
 VERDICT = "preflight.json"
 ANSWER = 3.0  # seconds that the ranks are given to answer when the time is up
-
-
-def as_json(checks: Sequence[Check]) -> str:
-    """A list of checks, for programs."""
-    return json.dumps([dataclasses.asdict(check) for check in checks], indent=1)
 
 
 class Stand(NamedTuple):
@@ -102,7 +97,7 @@ class Deadline:
 
 
 def _launched() -> int:
-    return int(os.environ.get("DIST_LARS_RANKS") or os.environ.get("OMPI_COMM_WORLD_SIZE") or 0)
+    return expected_ranks(os.environ)[0] or 0
 
 
 def behind(called: dict[int, Stand], launched: int) -> tuple[bool, str, str]:

@@ -105,16 +105,20 @@ def launch_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[
 @pytest.fixture(scope="session")
 def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small folder of JPEG files as ImageNet has it: 3 classes that colour tells apart, 24 + 11 images."""
-    root = tmp_path_factory.mktemp("images")
+    return paint(tmp_path_factory.mktemp("images"), 24, 11, lambda i: (40 + i, 50), quality=95)
+
+
+def paint(root: Path, train: int, val: int, size: Callable[[int], tuple[int, int]] = lambda i: (32, 32),
+          **options: Any) -> Path:  # fmt: skip
+    """Write ROOT/{train,val}/CLASS/*.jpg, noise of 3 classes that colour tells apart; `size`: (height, width) of i."""
     rng = np.random.RandomState(0)
-    for split, count in (("train", 24), ("val", 11)):
+    for split, count in (("train", train), ("val", val)):
         for i in range(count):
-            label = i % 3
-            pixels = rng.randint(0, 120, (40 + i, 50, 3), dtype=np.uint8)
-            pixels[..., label] += 120
-            folder = root / split / f"class{label}"
+            pixels = rng.randint(0, 120, (*size(i), 3), dtype=np.uint8)
+            pixels[..., i % 3] += 120
+            folder = root / split / f"class{i % 3}"
             folder.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(pixels).save(folder / f"{i:03d}.jpg", quality=95)
+            Image.fromarray(pixels).save(folder / f"{i:03d}.jpg", **options)
     return root
 
 

@@ -4,12 +4,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from PIL import Image
 
 from tests.cluster.nodes import Network
 from tests.cluster.slurm import Slurm, obstacle, work_folder
+from tests.conftest import paint
 
 
 @pytest.fixture(scope="session")
@@ -28,16 +27,7 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
 @pytest.fixture(scope="session")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An image folder of 3 classes that colour tells apart: 64 images for training, 11 for validation."""
-    root = tmp_path_factory.mktemp("images")
-    rng = np.random.RandomState(0)
-    for split, count in (("train", 64), ("val", 11)):
-        for i in range(count):
-            pixels = rng.randint(0, 120, (32, 32, 3), dtype=np.uint8)
-            pixels[..., i % 3] += 120
-            folder = root / split / f"class{i % 3}"
-            folder.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(pixels).save(folder / f"{i:03d}.jpg")
-    return root
+    return paint(tmp_path_factory.mktemp("images"), 64, 11)
 
 
 @pytest.fixture

@@ -10,12 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from PIL import Image
 
 from dist_lars import checkpoint, runlog
-from tests.conftest import LAUNCHERS, ROOT, TORCHRUN, environment
+from tests.conftest import LAUNCHERS, ROOT, TORCHRUN, environment, paint
 
 ROWS: list[tuple[str, str, float, str]] = []
 WORKER = str(ROOT / "tests" / "faults" / "worker.py")
@@ -152,16 +150,7 @@ OPTIONS = (
 @pytest.fixture(scope="session")
 def fault_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An image folder for STEPS steps of 8 images per epoch, and 9 images for validation."""
-    root = tmp_path_factory.mktemp("images")
-    rng = np.random.RandomState(0)
-    for split, count in (("train", 8 * STEPS), ("val", 9)):
-        for i in range(count):
-            pixels = rng.randint(0, 120, (32, 32, 3), dtype=np.uint8)
-            pixels[..., i % 3] += 120
-            folder = root / split / f"class{i % 3}"
-            folder.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(pixels).save(folder / f"{i:03d}.jpg")
-    return root
+    return paint(tmp_path_factory.mktemp("images"), 8 * STEPS, 9)
 
 
 @pytest.fixture
