@@ -26,8 +26,6 @@ def test_compose_brings_two_hosts_together(engine, tmp_path):
         assert done.returncode == 0, done.stdout[-5000:]
         assert "finished: top-1" in done.stdout
         return
-    if reason := nodes.obstacle():
-        pytest.skip(reason)
     home = tmp_path / "home"
     home.mkdir()
     os.chown(home, 10000, 10000)
