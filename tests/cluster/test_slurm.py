@@ -153,13 +153,22 @@ def test_slurms_warning_leads_to_a_requeue_and_to_the_same_end(submit, runs, lon
     same_weights(run_dir, long_reference)
 
 
-def test_a_job_that_must_make_way_continues_when_it_may(submit, slurm, runs, long_reference, slow_network):
-    """Preemption: SLURM itself ends the job by SIGTERM and queues it again."""
+def preempt(slurm):
+    words = ("--partition=urgent", "--nodes=2", "--exclusive", "--time=1", "--wrap=true")
+    Job(slurm, slurm.on("sbatch", "--parsable", *words).strip()).completes()
+
+
+def lose_a_node(slurm):
+    slurm.on("scontrol", "update", "NodeName=n2", "State=DOWN", "Reason=test")
+    slurm.on("scontrol", "update", "NodeName=n2", "State=RESUME")
+
+
+@pytest.mark.parametrize("happens", [preempt, lose_a_node])
+def test_what_slurm_takes_away_it_starts_again(submit, slurm, runs, long_reference, slow_network, happens):
     job = submit(TEMPLATE, run=LONG, LAUNCHER="srun", PREFLIGHT="no")
     run_dir = runs / f"{TEMPLATE}-{job.number}"
     job.until(lambda: checkpoint.newest_good(run_dir)[0], "a checkpoint")
-    words = ("--partition=urgent", "--nodes=2", "--exclusive", "--time=1", "--wrap=true")
-    Job(slurm, slurm.on("sbatch", "--parsable", *words).strip()).completes()
+    happens(slurm)
     job.restart()
     slow_network()
     log = job.completes()

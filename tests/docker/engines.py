@@ -44,7 +44,7 @@ class Client:
         """Build the image and return what was printed."""
         return call(self.program, "build", "-t", TAG, "-f", "docker/Dockerfile", ".").stdout
 
-    def run(self, *command: str, user: str | None = None, mounts: Sequence[Path] = (), timeout: float = 180,
+    def run(self, *command: str, user: str | None = None, mounts: Sequence[Path] = (), timeout: float = 600,
             **env: str) -> Finished:  # fmt: skip
         """A command in a fresh container; `mounts` appear where they lie here."""
         words = [self.program, "run", "--rm", "--init", "--shm-size=1g"]
@@ -82,7 +82,7 @@ class Buildah:
         )
         return self("build", *options, "-t", TAG, "-f", "docker/Dockerfile", ".", timeout=60 * MINUTES).stdout
 
-    def run(self, *command: str, user: str | None = None, mounts: Sequence[Path] = (), timeout: float = 180,
+    def run(self, *command: str, user: str | None = None, mounts: Sequence[Path] = (), timeout: float = 600,
             **env: str) -> Finished:  # fmt: skip
         """A command in a container that all calls share; `mounts` appear where they lie here."""
         if not self.containers:
