@@ -269,7 +269,7 @@ def test_an_array_job_trains_one_seed_per_task(submit, slurm, runs):
 def test_missing_data_are_refused_in_seconds(submit, runs, tmp_path):
     for path, words in (("", "no data: name an image folder"), (str(tmp_path / "no"), "not visible on any node")):
         job = submit(TEMPLATE, LAUNCHER="srun", DIST_LARS_DATA=path)
-        assert job.end(60) == "FAILED"
+        assert job.end(120) == "FAILED"
         assert words in job.log()
         assert "preflight failed: nothing was started" in job.log()
         assert not (runs / f"{TEMPLATE}-{job.number}" / "log.jsonl").exists()
@@ -324,11 +324,11 @@ def test_a_full_inode_quota_is_told_from_a_full_disk(submit, slurm):
 
 def test_a_plan_that_does_not_come_out_even_is_refused_before_anything_starts(submit):
     job = submit(TEMPLATE, "--ntasks-per-node=3")
-    assert job.end(60) == "FAILED"
+    assert job.end(120) == "FAILED"
     assert "batch_size 8" in job.log()
     assert "preflight" not in job.log()
     job = submit(TEMPLATE, "--gpus-per-node=4", "--ntasks-per-node=2")
-    assert job.end(60) == "FAILED"
+    assert job.end(120) == "FAILED"
     assert "4 GPUs on each node, but 2 tasks: add --ntasks-per-node=4" in job.log()
 
 
