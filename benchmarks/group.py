@@ -31,8 +31,11 @@ class GroupFailed(RuntimeError):
     """A group ended or went silent; the text ends with what it said."""
 
 
-def start_words(launcher: str, ranks: int, names: Iterable[str] = ()) -> list[str]:
-    """What starts `ranks` copies of the command that follows; the named variables reach them on every host."""
+def start_words(launcher: str, ranks: int, names: Iterable[str] = (), hosts: str = "") -> list[str]:
+    """What starts `ranks` copies of the command that follows; the named variables reach them on every host.
+
+    `hosts`, as in "host1:4,host2:4", are filled from the first on by mpirun and horovodrun; srun has its allocation.
+    """
     if launcher == "srun":
         per_node = min(ranks, int(os.environ.get("SLURM_NTASKS_PER_NODE") or ranks))
         return ["srun", "--overlap", f"--nodes={-(-ranks // per_node)}", f"--ntasks={ranks}",
@@ -44,7 +47,7 @@ def start_words(launcher: str, ranks: int, names: Iterable[str] = ()) -> list[st
         "horovodrun": [_own("horovodrun"), "-np"],
         "gloo": [_own("horovodrun"), "--gloo", "-np"],
     }
-    return [*words[launcher], str(ranks)]
+    return [*words[launcher], str(ranks), *(["-H", hosts] if hosts else [])]
 
 
 def _own(name: str) -> str:
@@ -68,16 +71,16 @@ def environment(**extra: str) -> dict[str, str]:
 class Group:
     """`ranks` processes that run `job`, a dictionary for `benchmarks.worker`."""
 
-    def __init__(self, job: Mapping[str, Any], ranks: int, launcher: str, **extra: str) -> None:
+    def __init__(self, job: Mapping[str, Any], ranks: int, launcher: str, hosts: str = "", **extra: str) -> None:
         self.ranks = ranks
         self.output: IO[str] = tempfile.TemporaryFile("w+")  # noqa: SIM115  lives as long as the group
         key = secrets.token_hex(16)
-        own = "" if "SLURM_JOB_ID" in os.environ else "127.0.0.1"
+        own = "" if hosts or "SLURM_JOB_ID" in os.environ else "127.0.0.1"
         with Listener((own, 0), backlog=ranks, authkey=key.encode()) as listener:
             port = listener.address[1]
             where = own or socket.gethostname()
             told = {"BENCHMARK_HOST": where, "BENCHMARK_PORT": str(port), "BENCHMARK_KEY": key, **extra}
-            self.words = start_words(launcher, ranks, told)
+            self.words = start_words(launcher, ranks, told, hosts)
             self.process = subprocess.Popen(
                 [*self.words, sys.executable, "-m", "benchmarks.worker", json.dumps(dict(job))],
                 env=environment(**told), stdout=self.output, stderr=subprocess.STDOUT, cwd=ROOT,

@@ -3,9 +3,9 @@
     python -m benchmarks.scaling --ranks 1,2,4 --model resnet18 --mode weak
     python -m benchmarks.scaling --compare before.json after.json
 
-Ranks are started by srun inside an allocation, else by mpirun, and train through the trainer's own engine. All groups
-live side by side and take turns of a few steps, so that every number of one round was taken within seconds of the
-others; ratios are taken round by round. Definitions:
+Ranks are started by srun inside an allocation, else by mpirun, on this host or those of `--hosts`, and train through
+the trainer's own engine. All groups live side by side and take turns of a few steps, so that every number of one round
+was taken within seconds of the others; ratios are taken round by round. Definitions:
 
 - The slowest rank is the step. images/s = images of all ranks / sum of these steps, without warm-up.
 - Efficiency against 1 rank: images/s(N) / (N x images/s(1)); against 1 node: the same from the largest number of
@@ -106,6 +106,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=1000, help="turns of each group at most")
     parser.add_argument("--option", action="append", default=[], metavar="KEY=VALUE", help="of dist_lars.train")
     parser.add_argument("--launcher", choices=("mpirun", "horovodrun", "srun"), default=launcher_at_hand())
+    parser.add_argument("--hosts", default="", help="host1:4,host2:4, for mpirun and horovodrun over ssh")
     parser.add_argument("--recipe", help="preset whose epochs are turned into hours (default: by model)")
     parser.add_argument("--name", help="of the record")
     parser.add_argument("--compare", nargs=2, metavar="RECORD", help="two records: what the second one changed")
@@ -142,7 +143,7 @@ def start_group(args: argparse.Namespace, case: Case) -> Group:
         "images": str(args.images.resolve()) if case.data == "real" else None,
     }  # fmt: skip
     launcher = CARRIERS[case.carrier] or args.launcher
-    return Group(job, case.ranks, launcher)
+    return Group(job, case.ranks, launcher, args.hosts)
 
 
 def measure(groups: dict[str, Group], measured: dict[str, Measured], args: argparse.Namespace) -> int:

@@ -143,7 +143,7 @@ attend() {
 # --- stopping ---------------------------------------------------------------------------------------------------------
 
 asked='' interrupted=''
-WARNED="asked to stop by SIGUSR2"
+WARNED="asked to stop by SIGUSR2" ENDED="ended by SIGTERM"
 # SLURM's warning before the time limit, or yours (scancel --batch --signal=USR2 JOB). A file reaches the ranks under
 # every launcher, and whatever they are doing; horovodrun hands on no signal, and mpirun none that comes too early.
 on_warning() {
@@ -153,7 +153,7 @@ on_warning() {
 }
 # scancel and preemption send it to the ranks too; 30 seconds later everything is killed.
 on_end() {
-    interrupted=1 asked="ended by SIGTERM"
+    interrupted=1 asked=$ENDED
     say "$asked"
     if [ -d "$RUN_DIR" ]; then touch "$RUN_DIR/STOP"; fi
 }
@@ -236,10 +236,16 @@ finish() {
     say "the run: $outcome"
     case $outcome in
     finished*) exit 0 ;;
+    esac
+    if [ "$asked" = "$ENDED" ]; then
+        say "whether the job starts again is SLURM's to say: after preemption it does"
+        hint
+        exit 75
+    fi
+    case $outcome in
     running*) outcome="the ranks ended without a word: killed, out of memory, or a lost node" ;;
     stopped*)
         if [ "$asked" = "$WARNED" ]; then again "$asked"; fi
-        # What SLURM ends and wants again, it requeues by itself.
         if [ -z "$asked" ] && [[ $outcome == *"time limit"* || $outcome == *SIGUSR2* ]]; then again "$outcome"; fi
         give_up "$outcome" 75
         ;;
@@ -250,6 +256,8 @@ finish() {
 # give_up WHY CODE: no further start, for it would end the same way, or nobody wants it.
 give_up() {
     say "not requeued: $1"
-    say "to continue this run: RUN_DIR=$RUN_DIR sbatch ... with the same template and options"
+    hint
     exit $(($2 ? $2 : 1))
 }
+
+hint() { say "to continue this run: RUN_DIR=$RUN_DIR sbatch ... with the same template and options"; }

@@ -8,6 +8,8 @@ from pathlib import Path
 
 PATH = f"{os.environ['PATH']}:/usr/sbin:/sbin"
 POLICY = Path("/usr/sbin/policy-rc.d")
+# A machine that has just started may be updating itself.
+APT = ("apt-get", "-o", "DPkg::Lock::Timeout=300")
 
 
 def obstacle(programs: Mapping[str, str]) -> str | None:
@@ -37,9 +39,9 @@ def _install(packages: list[str]) -> None:
         POLICY.write_text("#!/bin/sh\nexit 101\n")
         POLICY.chmod(0o755)
     try:
-        words = ["apt-get", "install", "-y", "-q", "--no-install-recommends", *packages]
+        words = [*APT, "install", "-y", "-q", "--no-install-recommends", *packages]
         if _apt(words).returncode:  # lists that are absent or old
-            _apt(["apt-get", "update", "-q"]).check_returncode()
+            _apt([*APT, "update", "-q"]).check_returncode()
             _apt(words).check_returncode()
     finally:
         if ours:
@@ -49,5 +51,5 @@ def _install(packages: list[str]) -> None:
 def _apt(words: list[str]) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(
         words, env={**os.environ, "DEBIAN_FRONTEND": "noninteractive"}, stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False, timeout=300,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False, timeout=900,
     )  # fmt: skip

@@ -49,12 +49,16 @@ SlurmdParameters=config_overrides
 GresTypes=gpu
 SchedulerParameters=sched_interval=2,sched_min_interval=0,batch_sched_delay=0
 ReturnToService=2
-SlurmdTimeout=20
-KillWait=10
+SlurmdTimeout=120
+KillWait=20
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
 MinJobAge=3600
 NodeName=n1 NodeAddr={n1} CPUs=32 RealMemory=1000 Gres=gpu:4
 NodeName=n2 NodeAddr={n2} CPUs=32 RealMemory=1000 Gres=gpu:4
 PartitionName=test Nodes=n1,n2 Default=YES MaxTime=INFINITE State=UP
+# Its jobs take the nodes from those of the other.
+PartitionName=urgent Nodes=n1,n2 PriorityTier=2 MaxTime=INFINITE State=UP
 # For --test-only: nodes that exist on paper.
 NodeName=paper[1-16] CPUs=32 RealMemory=1000 Gres=gpu:4 State=CLOUD
 PartitionName=paper Nodes=paper[1-16] MaxTime=INFINITE State=UP
@@ -63,6 +67,7 @@ SuspendProgram=/bin/true
 ResumeProgram=/bin/true
 """
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL")
+PATIENCE = 300  # seconds for what takes ten on an idle machine: a job that hangs is found all the same
 
 
 def obstacle() -> str | None:
@@ -162,7 +167,7 @@ class Job:
         path = Path(self.facts()["StdOut"])
         return path.read_text() if path.exists() else ""
 
-    def until(self, true: Callable[[], object], what: str, seconds: float = 90) -> None:
+    def until(self, true: Callable[[], object], what: str, seconds: float = PATIENCE) -> None:
         """Wait until something holds; the job's log is shown when it does not come."""
         end = time.monotonic() + seconds
         while not true():
@@ -172,18 +177,18 @@ class Job:
                 pytest.fail(f"{what}: not within {seconds:g} s; {facts['JobState']}\n{self.log()[-6000:]}")
             time.sleep(0.3)
 
-    def end(self, seconds: float = 90) -> str:
+    def end(self, seconds: float = PATIENCE) -> str:
         """Its last state."""
         self.until(lambda: self.facts()["JobState"] in ENDED, "the end of the job", seconds)
         return self.facts()["JobState"]
 
-    def completes(self, seconds: float = 90) -> str:
+    def completes(self, seconds: float = PATIENCE) -> str:
         """Its log, after an end as it should be."""
         state = self.end(seconds)
         assert state == "COMPLETED", f"{state}\n{self.log()[-6000:]}"
         return self.log()
 
-    def restart(self, seconds: float = 60) -> None:
+    def restart(self, seconds: float = PATIENCE) -> None:
         """Wait until it was requeued, and let it start at once: SLURM waits for two minutes."""
         self.until(lambda: self.facts()["Restarts"] != "0", "requeue", seconds)
         # its steps will have the numbers of the first start, which must have gone from the nodes
@@ -192,7 +197,7 @@ class Job:
         self.slurm.on("scontrol", "update", f"JobId={self.number}", "StartTime=now", "TimeLimit=10")
 
 
-def until(true: Callable[[], object], what: str, seconds: float = 30) -> None:
+def until(true: Callable[[], object], what: str, seconds: float = 120) -> None:
     """Wait until something holds."""
     end = time.monotonic() + seconds
     while not true():

@@ -31,7 +31,7 @@ def test_four_ranks_on_two_nodes_by_torch(slurm, images, how, line):
     script = slurm.work / f"{how}.sh"
     script.write_text(f"#!/bin/bash\nexport OMP_NUM_THREADS=1\n{line} {options} --comm.backend torch --micro_batch 2\n")
     job = Job(slurm, slurm.on("sbatch", "--parsable", *PER_NODE, str(script)).strip())
-    job.completes(150)
+    job.completes()
     run_dir = slurm.work / "runs" / f"torch-{how}"
     (start,) = runlog.read(run_dir, "start")
     assert start["hosts"] == ["n1", "n1", "n2", "n2"]
@@ -44,7 +44,7 @@ def test_the_sweep_runs_in_one_job(slurm):
              "horovod,torch", "--option", "precision=fp32", "--name", "test-sweep")  # fmt: skip
     job = slurm.submit("scaling", *SMALL_JOB, run=small, OMP_NUM_THREADS="1")
     try:
-        log = job.completes(240)
+        log = job.completes()
         body = json.loads((ROOT / "benchmarks/records/test-sweep.json").read_text())
     finally:
         for path in (ROOT / "benchmarks/records").glob("test-sweep.*"):

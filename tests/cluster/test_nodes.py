@@ -11,10 +11,7 @@ import pytest
 from tests.cluster import nodes
 from tests.conftest import BIN, ROOT, environment
 
-pytestmark = [
-    pytest.mark.cluster,
-    pytest.mark.skipif(nodes.obstacle() is not None, reason=nodes.obstacle() or ""),
-]
+pytestmark = pytest.mark.cluster
 TALK = """
 import socket, sys, time
 if sys.argv[1] == "listen":
@@ -23,7 +20,7 @@ if sys.argv[1] == "listen":
         peer, _ = server.accept()
         while peer.recv(1 << 20): pass
         peer.sendall(b"k"); peer.close()
-peer = socket.create_connection((sys.argv[1], 9999), timeout=1)
+peer = socket.create_connection((sys.argv[1], 9999), timeout=5)
 began = time.monotonic()
 peer.sendall(bytes(int(sys.argv[2]))); peer.shutdown(socket.SHUT_WR); peer.recv(1)
 print(time.monotonic() - began)
@@ -39,9 +36,9 @@ def net(tmp_path_factory):
 
 
 def send(net, size):
-    """Seconds that so many bytes take from n1 to n2; None when n2 cannot be reached."""
-    done = net["n1"].run(sys.executable, "-c", TALK, "n2", str(size), check=False)
-    return float(done.stdout) if done.returncode == 0 else None
+    """Seconds that so many bytes take from n1 to n2, None when n2 cannot be reached; the shortest of three tries."""
+    tries = [net["n1"].run(sys.executable, "-c", TALK, "n2", str(size), check=False) for _ in range(3)]
+    return min((float(done.stdout) for done in tries if done.returncode == 0), default=None)
 
 
 def test_a_node_has_its_own_name_memory_and_disk(net):
@@ -73,12 +70,12 @@ def test_sshd_and_the_power_switch(tmp_path):
         assert net["a"].run("ssh", "b", "hostname; command -v python").stdout == f"b\n{BIN}/python\n"
         sleeper = net["b"].start("sleep", "100", log=tmp_path / "sleep.log")
         net["b"].kill()
-        assert sleeper.wait(5) != 0
+        assert sleeper.wait(60) != 0
         assert not net["b"].processes()
         assert net["a"].run("hostname").stdout == "a\n"
 
 
-def test_nodes_end_with_the_python_that_made_them_however_it_ends(tmp_path):
+def test_nodes_end_with_the_python_that_made_them_however_it_ends(net, tmp_path):
     program = (
         "import sys, time, pathlib\nfrom tests.cluster.nodes import Network\n"
         f"with Network(pathlib.Path({str(tmp_path)!r}), ['n1']) as net:\n"
@@ -95,7 +92,7 @@ def test_nodes_end_with_the_python_that_made_them_however_it_ends(tmp_path):
     pid = int(process.stdout.readline())
     process.send_signal(signal.SIGKILL)
     process.wait()
-    end = time.monotonic() + 5
+    end = time.monotonic() + 60
     while Path(f"/proc/{pid}").exists() and time.monotonic() < end:
         time.sleep(0.05)
     assert not Path(f"/proc/{pid}").exists()

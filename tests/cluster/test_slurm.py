@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from dist_lars import checkpoint, runlog
-from tests.cluster.slurm import until
+from tests.cluster.slurm import Job, until
 from tests.conftest import ROOT
 
 pytestmark = pytest.mark.cluster
@@ -102,7 +102,7 @@ def test_the_wrong_pmi_alone_is_refused(submit, runs):
     job = submit(TEMPLATE, LAUNCHER="srun", MPI_TYPE="pmi2")
     began = time.monotonic()
     assert job.end() == "FAILED"
-    assert time.monotonic() - began < 60
+    assert time.monotonic() - began < 90  # a minute, and SLURM's own seconds
     assert "under srun use --mpi=pmix" in job.log()
     assert "preflight failed: nothing was started" in job.log()
     assert not (runs / f"{TEMPLATE}-{job.number}" / "log.jsonl").exists()
@@ -118,8 +118,8 @@ def test_horovodrun_makes_the_same_run(submit, runs, reference):
 
 @pytest.fixture
 def slow_network(slurm):
-    """Half a second per step, and no work for the processor meanwhile: time to do something to a running job."""
-    slurm.net["n2"].limit("8mbit")
+    """Half a second per step, and no work for the processor meanwhile: 160 s to do something to a running job."""
+    slurm.net["n2"].limit("6mbit")
     yield lambda: slurm.net["n2"].limit(None)
     slurm.net["n2"].limit(None)
 
@@ -137,8 +137,8 @@ def long_reference(slurm, images):
 
 
 def test_slurms_warning_leads_to_a_requeue_and_to_the_same_end(submit, runs, long_reference, slow_network):
-    # SLURM looks at its clock twice a minute: the warning comes up to 30 s after the start
-    job = submit(TEMPLATE, "--time=2", "--signal=B:USR2@90", run=LONG, LAUNCHER="srun", PREFLIGHT="no")
+    # SLURM looks at its clock twice a minute, and ahead: the warning comes 45 to 75 s after the start
+    job = submit(TEMPLATE, "--time=2", "--signal=B:USR2@45", run=LONG, LAUNCHER="srun", PREFLIGHT="no")
     job.restart()
     slow_network()
     run_dir = runs / f"{TEMPLATE}-{job.number}"
@@ -150,6 +150,34 @@ def test_slurms_warning_leads_to_a_requeue_and_to_the_same_end(submit, runs, lon
     assert 0 < steps[1] < 320
     assert job.facts()["Restarts"] == str(len(steps) - 1)
     assert not (run_dir / "STOP").exists()
+    same_weights(run_dir, long_reference)
+
+
+def preempt(slurm):
+    words = ("--partition=urgent", "--nodes=2", "--exclusive", "--time=1", "--wrap=true")
+    Job(slurm, slurm.on("sbatch", "--parsable", *words).strip()).completes()
+
+
+def lose_a_node(slurm):
+    slurm.on("scontrol", "update", "NodeName=n2", "State=DOWN", "Reason=test")
+    slurm.on("scontrol", "update", "NodeName=n2", "State=RESUME")
+
+
+@pytest.mark.parametrize("happens", [preempt, lose_a_node])
+def test_what_slurm_takes_away_it_starts_again(submit, slurm, runs, long_reference, slow_network, happens):
+    job = submit(TEMPLATE, run=LONG, LAUNCHER="srun", PREFLIGHT="no")
+    run_dir = runs / f"{TEMPLATE}-{job.number}"
+    job.until(lambda: checkpoint.newest_good(run_dir)[0], "a checkpoint")
+    happens(slurm)
+    job.restart()
+    slow_network()
+    log = job.completes()
+    assert "ended by SIGTERM" in log
+    assert "not requeued" not in log
+    steps = starts(run_dir)
+    assert steps[0] == 0
+    assert 10 <= steps[1] < 320
+    assert job.facts()["Restarts"] == "1"
     same_weights(run_dir, long_reference)
 
 
@@ -201,8 +229,8 @@ def test_a_rank_that_is_killed_ends_the_job(submit, slurm, runs, slow_network):
     ]
     os.kill(rank, signal.SIGKILL)
     began = time.monotonic()
-    assert job.end(60) == "FAILED"
-    assert time.monotonic() - began < 30
+    assert job.end() == "FAILED"
+    assert time.monotonic() - began < 60
     assert "the ranks ended without a word" in job.log()
     assert job.facts()["Restarts"] == "0"
 
@@ -213,7 +241,7 @@ def test_fewer_ranks_continue_what_more_began(submit, runs, slow_network):
         TEMPLATE, "--ntasks-per-node=2", run=(*LONG, "--micro_batch", "2"), LAUNCHER="srun", PREFLIGHT="no",
         RUN_DIR=str(run_dir),
     )  # fmt: skip
-    wide.until(lambda: checkpoint.newest_good(run_dir)[0], "a checkpoint", 120)
+    wide.until(lambda: checkpoint.newest_good(run_dir)[0], "a checkpoint")
     (run_dir / "STOP").touch()
     assert wide.end() == "FAILED"
     assert wide.facts()["ExitCode"] == "75:0"
@@ -241,7 +269,7 @@ def test_an_array_job_trains_one_seed_per_task(submit, slurm, runs):
 def test_missing_data_are_refused_in_seconds(submit, runs, tmp_path):
     for path, words in (("", "no data: name an image folder"), (str(tmp_path / "no"), "not visible on any node")):
         job = submit(TEMPLATE, LAUNCHER="srun", DIST_LARS_DATA=path)
-        assert job.end(30) == "FAILED"
+        assert job.end(120) == "FAILED"
         assert words in job.log()
         assert "preflight failed: nothing was started" in job.log()
         assert not (runs / f"{TEMPLATE}-{job.number}" / "log.jsonl").exists()
@@ -296,11 +324,11 @@ def test_a_full_inode_quota_is_told_from_a_full_disk(submit, slurm):
 
 def test_a_plan_that_does_not_come_out_even_is_refused_before_anything_starts(submit):
     job = submit(TEMPLATE, "--ntasks-per-node=3")
-    assert job.end(30) == "FAILED"
+    assert job.end(120) == "FAILED"
     assert "batch_size 8" in job.log()
     assert "preflight" not in job.log()
     job = submit(TEMPLATE, "--gpus-per-node=4", "--ntasks-per-node=2")
-    assert job.end(30) == "FAILED"
+    assert job.end(120) == "FAILED"
     assert "4 GPUs on each node, but 2 tasks: add --ntasks-per-node=4" in job.log()
 
 

@@ -25,6 +25,7 @@ from tests.conftest import ROOT, Finished
 TAG = "localhost/dist_lars:test"
 BASE = "docker.io/library/debian:bookworm-slim"
 ROOM = 30e9  # bytes that the layers of earlier builds may take before all are thrown away
+NEEDED = 15e9  # bytes that a build from nothing takes
 MINUTES = 40  # for torch from a slow index, and Horovod's compilation
 PROGRAMS = {"buildah": "buildah", "debootstrap": "debootstrap"}
 
@@ -43,7 +44,7 @@ class Client:
         """Build the image and return what was printed."""
         return call(self.program, "build", "-t", TAG, "-f", "docker/Dockerfile", ".").stdout
 
-    def run(self, *command: str, user: str | None = None, mounts: Sequence[Path] = (), timeout: float = 180,
+    def run(self, *command: str, user: str | None = None, mounts: Sequence[Path] = (), timeout: float = 600,
             **env: str) -> Finished:  # fmt: skip
         """A command in a fresh container; `mounts` appear where they lie here."""
         words = [self.program, "run", "--rm", "--init", "--shm-size=1g"]
@@ -65,10 +66,10 @@ class Buildah:
 
     def build(self) -> str:
         """Build the image and return what was printed."""
-        if folder_size(self.folder) > ROOM:
+        if folder_size(self.folder) > ROOM or free(self.folder) < NEEDED:
             self.clean()
         self.folder.mkdir(parents=True, exist_ok=True)
-        if not self("images", "-q", BASE, check=False).stdout.strip():
+        if self("inspect", "--type=image", BASE, check=False).returncode:
             self._bootstrap()
         self("rm", "--all", check=False)  # of a build that was interrupted
         options = (
@@ -81,7 +82,7 @@ class Buildah:
         )
         return self("build", *options, "-t", TAG, "-f", "docker/Dockerfile", ".", timeout=60 * MINUTES).stdout
 
-    def run(self, *command: str, user: str | None = None, mounts: Sequence[Path] = (), timeout: float = 180,
+    def run(self, *command: str, user: str | None = None, mounts: Sequence[Path] = (), timeout: float = 600,
             **env: str) -> Finished:  # fmt: skip
         """A command in a container that all calls share; `mounts` appear where they lie here."""
         if not self.containers:
@@ -153,6 +154,11 @@ def find() -> Engine:
         raise NoEngine("neither Docker nor Podman runs containers here, and buildah wants uid 0")
     if reason := packages.obstacle(PROGRAMS):
         raise NoEngine(f"neither Docker nor Podman runs containers here, and of buildah's packages {reason}")
+    if (room := free(store()) + folder_size(store())) < NEEDED:
+        raise NoEngine(
+            f"an image and its layers take {NEEDED / 1e9:.0f} GB, and {store()} has room for {room / 1e9:.1f}: free "
+            f"some, or set DIST_LARS_CACHE to a folder of another disk"
+        )
     return Buildah(store())
 
 
@@ -189,6 +195,12 @@ def site(conf: Path) -> list[str]:
         settings[name] = " ".join(words)
     conf.write_text("[global]\n" + "".join(f"{name} = {value}\n" for name, value in settings.items()))
     return [f"--volume={path}:{place}:ro" for path, place in mounts.items()]
+
+
+def free(folder: Path) -> int:
+    """Bytes that may still be written to a folder that is there or will be."""
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    return shutil.disk_usage(there).free
 
 
 def folder_size(folder: Path) -> int:

@@ -1,5 +1,6 @@
 """Two hosts with a network between them: they train as one would, and when one is lost the job ends and can go on."""
 
+import json
 import re
 import sys
 import time
@@ -9,15 +10,13 @@ from typing import Any
 import pytest
 
 from dist_lars import checkpoint, runlog
+from dist_lars.models.small import cnn_small
 from tests.cluster import nodes
 from tests.conftest import ROOT, run_command
 from tests.faults.conftest import EPOCHS, STEPS, Job, fault_images  # noqa: F401 -- a fixture
 from tests.faults.test_faults import same
 
-pytestmark = [
-    pytest.mark.hosts,
-    pytest.mark.skipif(nodes.obstacle() is not None, reason=nodes.obstacle() or ""),
-]
+pytestmark = pytest.mark.hosts
 NAMES = ["host1", "host2"]
 EXPORTS = [word for name in ("PATH", "PYTHONPATH", "OMP_NUM_THREADS", "FAULT_PHASES") for word in ("-x", name)]
 WAYS = {
@@ -32,7 +31,7 @@ LAUNCHING = {
     "PRTE_MCA_prte_tmpdir_base": "/run",
 }
 HANG = 8  # --guard.hang_seconds of the jobs that lose a host
-SOON = 45  # seconds in which such a job must have ended
+SOON = 90  # seconds in which such a job must have ended, on a busy machine
 
 
 @dataclass
@@ -108,7 +107,7 @@ def lost(broken: HostsJob) -> None:
 @pytest.mark.parametrize("launcher", WAYS)
 def test_a_host_that_is_cut_off(job, net, one_host, launcher):
     broken = job(launcher, "--guard.hang_seconds", str(HANG)).start()
-    broken.wait_for("step [5-9]$")
+    broken.wait_for("step ([5-9]|[12].)$")
     net["host2"].cut()
     try:
         lost(broken)
@@ -123,7 +122,7 @@ def test_a_host_that_dies(job, tmp_path, one_host, launcher):
     """Its work goes on on the host that is left."""
     with nodes.Network(tmp_path / "net", NAMES, sshd=True) as own:
         broken = job(launcher, "--guard.hang_seconds", str(HANG), net=own).start()
-        broken.wait_for("step [5-9]$")
+        broken.wait_for("step ([5-9]|[12].)$")
         own["host2"].kill()
         lost(broken)
         broken.slots = (2, 0)
@@ -138,7 +137,7 @@ def test_a_host_that_cannot_be_reached_is_named_at_once(job, net):
         for launcher in WAYS:
             began = time.monotonic()
             refused = job(launcher).start()
-            assert refused.wait(60) != 0
+            assert refused.wait(120) != 0
             print(f"{launcher}: {time.monotonic() - began:.1f} s\n{refused.text()[-800:]}")
             assert "host2" in refused.text()
     finally:
@@ -149,7 +148,7 @@ def test_shards_are_copied_once_per_host(net, tmp_path, fault_images):  # noqa: 
     """Four ranks on two hosts, each host with a disk of its own under the same path."""
     packed, local, staged = tmp_path / "packed", net.folder / "local", tmp_path / "staged"
     words = [sys.executable, "-m", "dist_lars.pack", str(fault_images), str(packed), "--size", "none"]
-    assert run_command(words, 60).returncode == 0
+    assert run_command(words, 120).returncode == 0
     options = (
         "--preset", "quickstart", "--data.kind", "folder", "--data.path", str(packed), "--data.stage", str(local),
         "--data.image_size", "32", "--data.resize", "32", "--model.name", "cnn_small", "--batch_size", "8",
@@ -157,7 +156,7 @@ def test_shards_are_copied_once_per_host(net, tmp_path, fault_images):  # noqa: 
     )  # fmt: skip
     done = net["host1"].run(
         *WAYS["gloo"], "-H", "host1:2,host2:2", "-np", "4", sys.executable, str(ROOT / "tests/hosts/worker_stage.py"),
-        *options, timeout=90, cwd=tmp_path, check=False, STAGED=str(staged), **LAUNCHING,
+        *options, timeout=300, cwd=tmp_path, check=False, STAGED=str(staged), **LAUNCHING,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:]
     calls = sorted(line.split() for line in staged.read_text().splitlines())
@@ -169,19 +168,30 @@ def test_shards_are_copied_once_per_host(net, tmp_path, fault_images):  # noqa: 
     assert not list(local.iterdir())  # the disks were the hosts' own
 
 
-def test_a_slow_link_is_seen(net):
-    """10 MB by ring all-reduce of two ranks: 10 MB each way through a link of 200 Mbit/s are 0.4 s."""
-    took = {}
-    for rate in (None, "200mbit"):
-        if rate:
+def test_the_scaling_benchmark_shows_a_slow_link(net):
+    """Two ranks send each other all gradients: at 10 Mbit/s no step can take less, whatever the machine is doing."""
+    batch, speed = 8, {}
+    gradients = 4 * sum(p.numel() for p in cnn_small(1000).parameters())  # bytes
+    words = (
+        sys.executable, "-m", "benchmarks.scaling", "--hosts", "host1:1,host2:1", "--ranks", "1,2", "--model",
+        "cnn_small", "--image_size", "32", "--batch", str(batch), "--seconds", "1", "--carriers", "horovod",
+        "--option", "precision=fp32", "--option", "device=cpu", "--name", "test-hosts",
+    )  # fmt: skip
+    try:
+        for rate in (None, "10mbit"):
             net["host2"].limit(rate)
-        done = net["host1"].run(
-            *WAYS["gloo"], "-H", "host1:1,host2:1", "-np", "2", sys.executable,
-            str(ROOT / "tests/hosts/worker_allreduce.py"), timeout=90, check=False,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stdout[-3000:]
-        took[rate] = float(re.search(r"SECONDS (\S+)", done.stdout)[1])
-    net["host2"].limit(None)
-    print(f"an all-reduce of 10 MB: {took[None]:.3f} s, at 200 Mbit/s {took['200mbit']:.3f} s")
-    assert 0.4 <= took["200mbit"] < 1.2
-    assert took[None] < 0.5 * took["200mbit"]
+            done = net["host1"].run(*words, timeout=400, cwd=ROOT, check=False, **LAUNCHING)
+            assert done.returncode == 0, done.stdout[-3000:]
+            body = json.loads((ROOT / "benchmarks/records/test-hosts.json").read_text())
+            assert body["ranks_per_host"] == {"1 ranks": [1], "2 ranks": [1, 1]}
+            (row,) = [row for row in body["rows"] if row["carrier"] == "horovod"]
+            speed[rate] = row["images/s"]
+            print(f"{rate or 'no limit'}: {row['images/s']:.1f} images/s, {row['of ceiling']:.2f} of the ceiling")
+    finally:
+        net["host2"].limit(None)
+        for path in (ROOT / "benchmarks/records").glob("test-hosts.*"):
+            path.unlink()
+    most = 2 * batch / (8 * gradients / 10e6)
+    assert speed["10mbit"] < 1.1 * most  # the shaper lets a first burst through
+    assert row["of ceiling"] < 0.5
+    assert speed[None] > 1.5 * most

@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from tests.conftest import ROOT
+from tests.docker import engines
 
 DOCKERFILE = (ROOT / "docker" / "Dockerfile").read_text().replace("\\\n", " ")
 COMPOSE = yaml.safe_load((ROOT / "docker" / "compose.yaml").read_text())
@@ -78,3 +79,17 @@ def test_build_arguments_of_the_readme_exist():
     table = section.split("| build argument |")[1].split("\n\n")[0]
     named = set(re.findall(r"`([A-Z_]+)=", table))
     assert named == set(re.findall(r"^ARG ([A-Z_]+)", DOCKERFILE, re.M))
+
+
+def test_a_full_disk_is_not_filled_further(monkeypatch, tmp_path):
+    """Layers that may be thrown away count as room."""
+    monkeypatch.setattr(engines, "works", lambda program: False)
+    monkeypatch.setattr(engines.os, "geteuid", lambda: 0)
+    monkeypatch.setattr(engines.packages, "obstacle", lambda programs: None)
+    monkeypatch.setattr(engines, "store", lambda: tmp_path)
+    monkeypatch.setattr(engines, "free", lambda folder: 6e9)
+    monkeypatch.setattr(engines, "folder_size", lambda folder: 2e9)
+    with pytest.raises(engines.NoEngine, match=r"take 15 GB, and .* has room for 8.0: free some"):
+        engines.find()
+    monkeypatch.setattr(engines, "folder_size", lambda folder: 10e9)
+    assert isinstance(engines.find(), engines.Buildah)

@@ -151,6 +151,46 @@ def test_pyxis_is_an_option_of_srun(calls, tmp_path):
     assert "works with LAUNCHER=srun, not mpirun" in output
 
 
+def test_staging_is_left_to_the_nodes(calls):
+    """`$SLURM_TMPDIR` is another folder on each node, so it must reach the ranks as it is."""
+    _, (line,) = calls(LAUNCHER="srun", STAGE="$SLURM_TMPDIR")
+    assert "--epochs 3 --data.stage $SLURM_TMPDIR --run_dir" in line
+
+
+# Of each block of site.example.sh, by its number: variables of a site that it needs, and what it must lead to.
+SITES = {
+    "1": ({}, "module load gcc/12 openmpi/5.0 cuda/13.0", "srun --nodes=2", "nccl=ib0"),
+    "2": ({}, "module load apptainer", "--nv --bind /scratch /project/images/dist_lars.sif python -m dist_lars.train",
+          "ranks=8"),
+    "3": ({"CRAY_LD_LIBRARY_PATH": "/opt/cray"}, "module load PrgEnv-gnu", "--mpi=cray_shasta", "nccl=hsn0"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("number", SITES)
+def test_a_block_of_the_site_file_does_what_it_says(calls, tmp_path, number):
+    """Uncommented as its reader would, except for the second container of block 2."""
+    head, *blocks = re.split(r"^# --- (?=\d)", (ROOT / "slurm/site.example.sh").read_text(), flags=re.M)
+    assert [block[0] for block in blocks] == list(SITES)
+    lines = blocks[int(number) - 1].split("# Pyxis instead")[0].splitlines()[1:]
+    module = 'module() { echo "module $*" >>"$CALLS"; }'
+    site = "\n".join([module, head, *(line.removeprefix("#") for line in lines if not line.startswith("# "))])
+    (tmp_path / "slurm/site.sh").write_text(site)
+    extra, *wanted = SITES[number]
+    output, told = calls(**extra)
+    for words in wanted:
+        assert any(words in line for line in told), (output, told)
+    assert "--data.stage $SLURM_TMPDIR" in told[-1] or number != "1"
+
+
+def test_the_environment_of_sbatch_comes_before_the_site_file(calls, tmp_path):
+    shutil.copy(ROOT / "slurm/site.example.sh", tmp_path / "slurm/site.sh")
+    with (tmp_path / "slurm/site.sh").open("a") as site:
+        site.write("LAUNCHER=${LAUNCHER:-srun}\nINTERFACE=ib7\n")
+    _, (line,) = calls(LAUNCHER="mpirun")
+    assert line.startswith("mpirun -np 8")
+    assert line.endswith("nccl=ib7")
+
+
 @pytest.mark.parametrize(
     ("extra", "words"),
     [
