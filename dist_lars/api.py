@@ -181,6 +181,8 @@ def evaluate(
     `path` holds val/CLASS/image.jpg, test/CLASS/image.jpg or CLASS/image.jpg. A checkpoint brings its own image size
     and class names, and refuses a folder with other classes. Raises `UserError` for what cannot be read.
     """
+    if batch < 1 or (workers or 0) < 0:
+        raise AgreedError(f"batch is {batch} and workers {workers}, but they must be at least 1 and zero or more")
     comm = comm or ranks.LocalComm()
     place = pick_device(device, comm.local_rank)
     cores, threads = share_cores(cores_per_rank(comm), place, workers)

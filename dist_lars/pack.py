@@ -47,6 +47,8 @@ def act(given: dict[str, Any]) -> None:
     size = size_of(given["size"])
     if not 1 <= given["quality"] <= 100:
         raise UserError(f"--quality is {given['quality']}, but JPEG knows 1 to 100")
+    if given["workers"] is not None and given["workers"] < 1:
+        raise UserError(f"--workers is {given['workers']}, but at least one process must do the work")
     if not given["shard_mb"] > 0:
         raise UserError(f"--shard_mb is {given['shard_mb']}, but it must be above 0")
     from dist_lars.data.packing import Options

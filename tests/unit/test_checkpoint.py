@@ -24,6 +24,15 @@ def test_latest_best_and_the_newest_k_are_kept(tmp_path):
     assert checkpoint.find(tmp_path) == folder / "step-000000005.pt"
     assert checkpoint.load(checkpoint.pointed_at(folder, "best"))["step"] == 2
     assert checkpoint.load(tmp_path)["step"] == 5  # a run directory stands for its latest
+    assert {name: checkpoint.load(folder / name)["step"] for name in ("latest", "best")} == {"latest": 5, "best": 2}
+    with pytest.raises(UserError, match="checkpoint .*nothing/best does not exist"):
+        checkpoint.load(tmp_path / "nothing" / "best")
+
+
+def test_weights_are_read_from_a_pointer_too(tmp_path):
+    save(tmp_path / "checkpoints", 1, best=True, model={"w": torch.ones(2)})
+    save(tmp_path / "checkpoints", 2, model={"w": torch.zeros(2)})
+    assert checkpoint.read_weights(tmp_path / "checkpoints" / "best")["w"].tolist() == [1, 1]
 
 
 def test_a_crash_while_saving_leaves_the_old_one(tmp_path, monkeypatch):
