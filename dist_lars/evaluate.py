@@ -8,17 +8,13 @@ import json
 import sys
 from typing import Literal
 
-import jsonargparse
-
-from dist_lars.cli import fail, normalise, typed
+from dist_lars.cli import command_parser, fail, normalise, typed
 from dist_lars.errors import UserError
 
 
 def main(argv: list[str] | None = None) -> None:
     """Parse, evaluate, print."""
-    parser = jsonargparse.ArgumentParser(
-        prog="python -m dist_lars.evaluate", description=__doc__, allow_abbrev=False, exit_on_error=False
-    )
+    parser = command_parser("python -m dist_lars.evaluate", __doc__ or "")
     parser.add_argument("--checkpoint", type=str, required=True, help="a checkpoint file or a run directory")
     parser.add_argument("--data.path", type=str, required=True, help="the images")
     parser.add_argument("--data.workers", type=int | None, default=None, help="loader processes per rank")

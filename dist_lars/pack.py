@@ -10,18 +10,15 @@ import time
 from pathlib import Path
 from typing import Any
 
-import jsonargparse
 from tqdm import tqdm
 
-from dist_lars.cli import fail, normalise, typed
+from dist_lars.cli import command_parser, fail, normalise, typed
 from dist_lars.errors import UserError
 
 
 def main(argv: list[str] | None = None) -> None:
     """Parse, then pack or verify."""
-    parser = jsonargparse.ArgumentParser(
-        prog="python -m dist_lars.pack", description=__doc__, allow_abbrev=False, exit_on_error=False
-    )
+    parser = command_parser("python -m dist_lars.pack", __doc__ or "")
     parser.add_argument("src", type=str, help="the image folder (with --verify: the packed folder)")
     parser.add_argument("dst", type=str, nargs="?", help="where the shards go")
     parser.add_argument("--size", type=str, default="256", help="shorter side of larger images; none keeps all bytes")
