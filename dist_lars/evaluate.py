@@ -29,6 +29,7 @@ def main(argv: list[str] | None = None) -> None:
         fail(e)
     from dist_lars import api, launch
     from dist_lars import comm as ranks
+    from dist_lars.resources import on_cpu
 
     def act(comm: ranks.Comm) -> None:
         scores = api.evaluate(
@@ -44,7 +45,7 @@ def main(argv: list[str] | None = None) -> None:
             facts = {"loss": scores.loss, "top1": scores.top1, "top5": scores.top5, "count": scores.images}
             print(json.dumps(facts), flush=True)
 
-    launch.as_job(lambda: ranks.start(cpu=given["device"] != "cuda", backend=ranks.Backend(given["backend"])), act)
+    launch.as_job(lambda: ranks.start(cpu=on_cpu(given["device"]), backend=ranks.Backend(given["backend"])), act)
 
 
 if __name__ == "__main__":

@@ -52,6 +52,13 @@ def test_a_start_that_was_refused_leaves_no_run_behind(tmp_path):
             run(tmp_path / option, epochs=2)
 
 
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_cudnn_tries_its_algorithms_out_unless_runs_must_repeat(tmp_path, monkeypatch, deterministic):
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", deterministic)
+    run(tmp_path / "a", epochs=1, **{"comm.deterministic": deterministic})
+    assert torch.backends.cudnn.benchmark is not deterministic
+
+
 @pytest.mark.parametrize("wrong", [{"batch": 0}, {"workers": -1}])
 def test_evaluation_refuses_numbers_that_cannot_be(wrong, image_folder):
     with pytest.raises(UserError, match="but they must be at least 1 and zero or more"):
