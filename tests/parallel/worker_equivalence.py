@@ -91,7 +91,7 @@ def train(kind: str, comm: ranks.Comm, steps: int, clip: float | None = None) ->
 
 
 def start(comm: ranks.Comm) -> dict[str, Any]:
-    """Checksums of a net that each rank makes differently, channels-last weights included, and of the one it starts with."""
+    """Checksums of a net, channels-last weights included, as each rank makes it differently, and as it then starts."""
     torch.manual_seed(comm.rank)
     model = net("batchnorm").to(memory_format=torch.channels_last)
     before = tensor_sums(model.parameters())
