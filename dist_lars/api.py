@@ -22,7 +22,7 @@ from dist_lars.config import Config, as_flat, from_flat
 from dist_lars.ema import Ema
 from dist_lars.errors import AgreedError, UserError
 from dist_lars.plan import Plan, make_plan
-from dist_lars.resources import cores_per_rank, pick_autocast, pick_device, share_cores
+from dist_lars.resources import cores_per_rank, on_cpu, pick_autocast, pick_device, share_cores
 from dist_lars.run import Result, Run
 from dist_lars.rundir import open_run_dir, resume_path
 
@@ -49,6 +49,7 @@ def train(config: Config, comm: Comm | None = None) -> Result:
     cores = cores_per_rank(comm)
     workers, threads = share_cores(cores, device, config.data.workers)
     torch.set_num_threads(threads)
+    torch.backends.cudnn.benchmark = not config.comm.deterministic  # all batches have one shape: trying out pays
     torch.manual_seed(config.seed)
     sets = inputs.open_sets(config, comm, cores)
     with agreed():
@@ -77,10 +78,9 @@ def train(config: Config, comm: Comm | None = None) -> Result:
 
 def start_ranks(config: Config) -> Comm:
     """Join the other ranks, with defaults for the device that this configuration will use."""
-    cpu = config.device == "cpu" or (config.device == "auto" and not torch.cuda.is_available())
     c = config.comm
     backend = ranks.Backend(c.backend, c.deterministic, c.cycle_ms, c.fusion_mb, c.cache, c.hierarchical)
-    return ranks.start(cpu=cpu, backend=backend)
+    return ranks.start(cpu=on_cpu(config.device), backend=backend)
 
 
 def _lines(config: Config) -> list[str]:
@@ -181,6 +181,8 @@ def evaluate(
     `path` holds val/CLASS/image.jpg, test/CLASS/image.jpg or CLASS/image.jpg. A checkpoint brings its own image size
     and class names, and refuses a folder with other classes. Raises `UserError` for what cannot be read.
     """
+    if batch < 1 or (workers or 0) < 0:
+        raise AgreedError(f"batch is {batch} and workers {workers}, but they must be at least 1 and zero or more")
     comm = comm or ranks.LocalComm()
     place = pick_device(device, comm.local_rank)
     cores, threads = share_cores(cores_per_rank(comm), place, workers)

@@ -82,6 +82,9 @@ def _drop_old(folder: Path, keep: int) -> None:
         leftover.unlink()
 
 
+POINTERS = ("latest", "best")
+
+
 def pointed_at(folder: Path, pointer: str) -> Path | None:
     """The checkpoint that `latest` or `best` names; None when there is none yet."""
     try:
@@ -106,13 +109,18 @@ def newest_good(run_dir: Path) -> tuple[Path | None, list[Path]]:
 
 
 def load(path: str | Path) -> dict[str, Any]:
-    """The saved state, on the CPU; raises `UserError` for what is not a whole checkpoint of ours."""
+    """The saved state, on the CPU; raises `UserError` for what is not a whole checkpoint of ours.
+
+    `path` is a .pt file, a run directory (its latest), or RUN_DIR/checkpoints/latest or best.
+    """
     path = Path(path)
     if path.is_dir():
         found = find(path)
         if found is None:
             raise UserError(f"{path} holds no checkpoint; expected {path}/checkpoints/latest, or name a .pt file")
         path = found
+    elif path.name in POINTERS:
+        path = pointed_at(path.parent, path.name) or path
     if not path.is_file():
         raise UserError(f"checkpoint {path} does not exist")
     try:
@@ -138,7 +146,7 @@ def evaluated(state: dict[str, Any]) -> dict[str, torch.Tensor]:
 def read_weights(path: str | Path) -> dict[str, torch.Tensor]:
     """The weights in a file: the evaluated ones of a checkpoint of ours (or run directory), or a plain state_dict."""
     path = Path(path)
-    if path.is_dir():
+    if path.is_dir() or path.name in POINTERS:
         return evaluated(load(path))
     if not path.is_file():
         raise UserError(f"model.weights: {path} does not exist")

@@ -4,6 +4,7 @@ Layers, later ones win: the defaults of `dist_lars.config`, `--preset NAME`, `--
 Keys are spelled with underscores; on the command line a dash is accepted for an underscore.
 """
 
+import argparse
 import difflib
 import functools
 import sys
@@ -73,9 +74,20 @@ def _config(values: dict[str, Any]) -> Config:
     return from_flat({k: v for k, v in values.items() if k in LEAVES})
 
 
+class _Help(argparse.RawDescriptionHelpFormatter, jsonargparse.DefaultHelpFormatter):
+    """Keeps the lines of a description, for they show commands."""
+
+
+def command_parser(prog: str, description: str) -> jsonargparse.ArgumentParser:
+    """A parser that takes no abbreviations (`--epoch` is not `--epochs`) and raises instead of leaving."""
+    return jsonargparse.ArgumentParser(
+        prog=prog, description=description, formatter_class=_Help, allow_abbrev=False, exit_on_error=False
+    )
+
+
 def make_parser(prog: str, description: str) -> jsonargparse.ArgumentParser:
     """A parser with one documented option for every key of the configuration."""
-    parser = jsonargparse.ArgumentParser(prog=prog, description=description, allow_abbrev=False, exit_on_error=False)
+    parser = command_parser(prog, description)
     parser.add_argument("--preset", default=None, help=f"a recipe, one of: {', '.join(preset_names())}")
     parser.add_argument("--config", default=None, help="a YAML file of options, on top of the preset if both are given")
     titles = {leaf.group: parser.add_argument_group(leaf.group or "run") for leaf in LEAVES.values()}

@@ -8,17 +8,13 @@ import json
 import sys
 from typing import Literal
 
-import jsonargparse
-
-from dist_lars.cli import fail, normalise, typed
+from dist_lars.cli import command_parser, fail, normalise, typed
 from dist_lars.errors import UserError
 
 
 def main(argv: list[str] | None = None) -> None:
     """Parse, evaluate, print."""
-    parser = jsonargparse.ArgumentParser(
-        prog="python -m dist_lars.evaluate", description=__doc__, allow_abbrev=False, exit_on_error=False
-    )
+    parser = command_parser("python -m dist_lars.evaluate", __doc__ or "")
     parser.add_argument("--checkpoint", type=str, required=True, help="a checkpoint file or a run directory")
     parser.add_argument("--data.path", type=str, required=True, help="the images")
     parser.add_argument("--data.workers", type=int | None, default=None, help="loader processes per rank")
@@ -33,6 +29,7 @@ def main(argv: list[str] | None = None) -> None:
         fail(e)
     from dist_lars import api, launch
     from dist_lars import comm as ranks
+    from dist_lars.resources import on_cpu
 
     def act(comm: ranks.Comm) -> None:
         scores = api.evaluate(
@@ -48,7 +45,7 @@ def main(argv: list[str] | None = None) -> None:
             facts = {"loss": scores.loss, "top1": scores.top1, "top5": scores.top5, "count": scores.images}
             print(json.dumps(facts), flush=True)
 
-    launch.as_job(lambda: ranks.start(cpu=given["device"] != "cuda", backend=ranks.Backend(given["backend"])), act)
+    launch.as_job(lambda: ranks.start(cpu=on_cpu(given["device"]), backend=ranks.Backend(given["backend"])), act)
 
 
 if __name__ == "__main__":

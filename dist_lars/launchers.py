@@ -54,6 +54,8 @@ def expected_ranks(environment: Mapping[str, str]) -> tuple[int | None, str]:
     launcher = launcher_of(environment)
     for name in ("DIST_LARS_RANKS", LAUNCHERS[launcher].size if launcher else ""):
         if environment.get(name):
+            if not environment[name].isdigit() or int(environment[name]) < 1:
+                raise UserError(f"{name} is {environment[name]!r}, but it must be the number of ranks that are started")
             return int(environment[name]), name
     return None, ""
 

@@ -10,18 +10,15 @@ import time
 from pathlib import Path
 from typing import Any
 
-import jsonargparse
 from tqdm import tqdm
 
-from dist_lars.cli import fail, normalise, typed
+from dist_lars.cli import command_parser, fail, normalise, typed
 from dist_lars.errors import UserError
 
 
 def main(argv: list[str] | None = None) -> None:
     """Parse, then pack or verify."""
-    parser = jsonargparse.ArgumentParser(
-        prog="python -m dist_lars.pack", description=__doc__, allow_abbrev=False, exit_on_error=False
-    )
+    parser = command_parser("python -m dist_lars.pack", __doc__ or "")
     parser.add_argument("src", type=str, help="the image folder (with --verify: the packed folder)")
     parser.add_argument("dst", type=str, nargs="?", help="where the shards go")
     parser.add_argument("--size", type=str, default="256", help="shorter side of larger images; none keeps all bytes")
@@ -47,6 +44,8 @@ def act(given: dict[str, Any]) -> None:
     size = size_of(given["size"])
     if not 1 <= given["quality"] <= 100:
         raise UserError(f"--quality is {given['quality']}, but JPEG knows 1 to 100")
+    if given["workers"] is not None and given["workers"] < 1:
+        raise UserError(f"--workers is {given['workers']}, but at least one process must do the work")
     if not given["shard_mb"] > 0:
         raise UserError(f"--shard_mb is {given['shard_mb']}, but it must be above 0")
     from dist_lars.data.packing import Options

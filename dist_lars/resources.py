@@ -11,9 +11,14 @@ from dist_lars.comm import Comm
 from dist_lars.errors import UserError
 
 
+def on_cpu(wanted: str) -> bool:
+    """Whether the option `device` means the CPU here."""
+    return wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available())
+
+
 def pick_device(wanted: str, local_rank: int) -> torch.device:
     """The GPU of this rank, or the CPU; a job scheduler that shows each task one GPU makes that one number 0."""
-    if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
+    if on_cpu(wanted):
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise UserError("device cuda was asked for, but torch sees no GPU; `python -m dist_lars.doctor` says why")

@@ -9,6 +9,7 @@ from dist_lars.config import Config, as_flat, flat_yaml, to_yaml
 from dist_lars.continuation import differences
 from dist_lars.errors import UserError
 from dist_lars.locks import lock
+from dist_lars.runlog import LINES
 
 
 def open_run_dir(config: Config) -> tuple[Path, IO[Any]]:
@@ -37,7 +38,7 @@ def lock_run_dir(run_dir: Path) -> IO[Any]:
 
 def _refuse_another_run(config: Config, run_dir: Path) -> None:
     stored = run_dir / "config.yaml"
-    if not stored.exists():
+    if not stored.exists() or not _begun(run_dir):
         return
     different = differences(flat_yaml(stored.read_text(encoding="utf-8"), str(stored)), as_flat(config))
     if different:
@@ -49,6 +50,12 @@ def _refuse_another_run(config: Config, run_dir: Path) -> None:
         raise UserError(
             f"run directory {run_dir} holds a run, and --resume.from never would overwrite it; choose another"
         )
+
+
+def _begun(run_dir: Path) -> bool:
+    """Whether anything was done there: a start that was refused, for a misspelt file say, leaves no run behind."""
+    log = run_dir / LINES
+    return checkpoint.find(run_dir) is not None or (log.exists() and log.stat().st_size > 0)
 
 
 def resume_path(config: Config, run_dir: Path) -> tuple[str | None, list[str]]:

@@ -52,7 +52,8 @@ def capture(job: Job, config: Config, classes: tuple[str, ...], progress: Progre
 
 def _snapshot(model: nn.Module, comm: ranks.Comm) -> tuple[dict[str, torch.Tensor], list[torch.Tensor]]:
     """(weights with the mean of all ranks' buffers: what evaluates; every rank's own buffers: what continues)."""
-    own = comm.gather(ranks.pack(ranks.float_buffers(model)), "buffers of all ranks")
+    # From the host's memory: a GPU's tensor would arrive on that GPU, where every other rank would open a context.
+    own = comm.gather(ranks.pack(ranks.float_buffers(model)).cpu(), "buffers of all ranks")
     buffers = {name for name, _ in model.named_buffers()}
     with ranks.averaged_buffers(model, comm):  # outside, the buffers are a rank's own again: keep copies of the mean
         return {k: v.clone() if k in buffers else v for k, v in model.state_dict().items()}, own

@@ -133,6 +133,8 @@ def _recall(kept: Path, root: str) -> Index | None:
 def split_folders(path: str, val: str | None) -> tuple[str, str]:
     """The training and validation folders below `path`: train/, and `val` or val/ or test/."""
     train = os.path.join(path, "train")
+    if not os.path.isdir(path):
+        raise UserError(f"data folder {path} does not exist; expected {path}/train/CLASS/image.jpg")
     if not os.path.isdir(train):
         raise UserError(f"{path} has no train/ folder; expected {path}/train/CLASS/image.jpg")
     choices = [val] if val else [os.path.join(path, "val"), os.path.join(path, "test")]

@@ -146,7 +146,9 @@ class Batches:
 
     def __init__(self, loader: DataLoader, limit: int) -> None:
         self.loader, self.limit = loader, limit
-        self.mapped: deque[torch.Tensor] = deque(maxlen=KEPT * loader.num_workers)  # dropped, it would be unmapped
+        # A worker's piece of memory that is dropped here is unmapped, and mapped again when its turn comes; a pinned
+        # batch is a copy, and to keep many of those would take gigabytes that no other process can use.
+        self.mapped: deque[torch.Tensor] = deque(maxlen=0 if loader.pin_memory else KEPT * loader.num_workers)
         self.skipped: dict[str, str] = {}  # file -> why it is no image
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

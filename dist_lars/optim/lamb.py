@@ -9,7 +9,18 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT, required
 
-from dist_lars.optim.tensors import Group, Ratios, by_kind, gradients, labelled, norms, portions, wide, with_gradients
+from dist_lars.optim.tensors import (
+    Group,
+    Ratios,
+    by_kind,
+    gradients,
+    labelled,
+    norms,
+    portions,
+    refuse_sharded,
+    wide,
+    with_gradients,
+)
 
 
 class LAMB(Optimizer):
@@ -60,6 +71,7 @@ class LAMB(Optimizer):
         """Add a group; what it does not say comes from the constructor's arguments."""
         _check({**self.defaults, **param_group})
         super().add_param_group(param_group)
+        refuse_sharded(self, self.param_groups[-1]["params"])
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

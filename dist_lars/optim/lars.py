@@ -22,6 +22,7 @@ from dist_lars.optim.tensors import (
     in_memory_order,
     is_dense,
     labelled,
+    refuse_sharded,
     same_order,
     with_gradients,
 )
@@ -61,11 +62,11 @@ class LARS(Optimizer):
     denominator starts from (|g'|, or |g|) is 0; the decay still acts there.
 
     Every option lives in `param_groups`, so the optimizer survives `type(opt)(opt.param_groups)`, which is how
-    `horovod.torch.DistributedOptimizer` rebuilds it. Norms are taken in float32 at least. Gradients are never
-    modified. A step reads nothing back from an accelerator, and needs one portion of temporary memory, no larger than
-    the largest tensor. Under `torch.amp.GradScaler` it unscales by itself. Momentum is allocated with the group, so
-    that code which takes a blind step to fill an empty state (`horovod.torch.broadcast_optimizer_state`) has no
-    reason to.
+    `horovod.torch.DistributedOptimizer` rebuilds it. Norms are taken in float32 at least. Gradients are never modified.
+    Sharded parameters (DTensor) are refused, for their norms would need the other ranks. A step reads nothing back from
+    an accelerator, and needs one portion of temporary memory, no larger than the largest tensor. Under
+    `torch.amp.GradScaler` it unscales by itself. Momentum is allocated with the group, so that code which takes a blind
+    step to fill an empty state (`horovod.torch.broadcast_optimizer_state`) has no reason to.
 
     Args:
         params: tensors, named tensors or groups.
@@ -111,6 +112,7 @@ class LARS(Optimizer):
         _check({**self.defaults, **param_group})
         super().add_param_group(param_group)
         group = self.param_groups[-1]
+        refuse_sharded(self, group["params"])
         for p in group["params"]:
             if group["momentum"] and p.requires_grad:
                 self._velocity(p)

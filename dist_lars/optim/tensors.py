@@ -28,6 +28,16 @@ def with_gradients(optimizer: Optimizer) -> list[tuple[Group, list[Tensor]]]:
     return pairs
 
 
+def refuse_sharded(optimizer: Optimizer, parameters: Iterable[Tensor]) -> None:
+    """Raise `ValueError` for parameters of which a rank has a part only: the norm of a part is a wrong norm."""
+    for p in parameters:
+        if hasattr(p, "to_local"):  # a DTensor, recognised without importing torch.distributed
+            raise ValueError(
+                f"{type(optimizer).__name__} takes norms over whole tensors, and a parameter of shape {tuple(p.shape)} "
+                f"is spread over ranks (DTensor, as fully_shard makes them): replicate the model instead"
+            )
+
+
 def gradients(parameters: list[Tensor]) -> list[Tensor]:
     """Their gradients; every parameter is known to have one."""
     return [p.grad for p in parameters if p.grad is not None]

@@ -157,7 +157,7 @@ def test_wrong_input_is_refused_without_a_traceback(command, image_folder, tmp_p
     empty.mkdir()
     cases = {
         (): "no data: name an image folder",
-        ("--data.path", "nowhere"): "nowhere has no train/ folder",
+        ("--data.path", "nowhere"): "data folder nowhere does not exist",
         ("--data.path", str(empty)): "has no train/ folder",
         ("--epoch", "3"): "did you mean epochs",
         ("--preset", "resnet18-8k"): "did you mean 'resnet18_8k'",

@@ -29,6 +29,13 @@ def test_the_runs_differ_where_they_should(runs):
     assert one["plain"]["losses"] != pytest.approx(one["dropout"]["losses"], abs=1e-6)
 
 
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_all_ranks_start_with_the_weights_of_rank_0(runs, size):
+    starts = [rank["start"] for rank in runs[size]]
+    assert len({tuple(s["before"]) for s in starts}) == size
+    assert all(s["after"] == starts[0]["before"] for s in starts)
+
+
 @pytest.mark.parametrize("kind", ["plain", "dropout", "batchnorm"])
 @pytest.mark.parametrize("size", [2, 3, 4])
 def test_replicas_stay_equal_to_the_last_bit(runs, kind, size):

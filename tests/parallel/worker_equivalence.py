@@ -42,7 +42,7 @@ def job_of(kind: str, comm: ranks.Comm, steps: int, clip: float | None) -> engin
         batch_size=BATCH, micro_batch=MICRO, epochs=epochs, optim=Optim(lr=2.0), schedule=Schedule(warmup_epochs=0.4),
         log=Log(),
     )  # fmt: skip
-    torch.manual_seed(0 if kind != "unseeded" else comm.rank)
+    torch.manual_seed(0)
     model = net(kind)
     law = optim.LAWS["default"]
     groups = optim.param_groups(
@@ -90,11 +90,21 @@ def train(kind: str, comm: ranks.Comm, steps: int, clip: float | None = None) ->
     }
 
 
+def start(comm: ranks.Comm) -> dict[str, Any]:
+    """Checksums of a net, channels-last weights included, as each rank makes it differently, and as it then starts."""
+    torch.manual_seed(comm.rank)
+    model = net("batchnorm").to(memory_format=torch.channels_last)
+    before = tensor_sums(model.parameters())
+    ranks.sync_parameters(model, comm)
+    return {"before": before, "after": tensor_sums(model.parameters())}
+
+
 def main() -> None:
     torch.set_num_threads(1)
     alone = len(sys.argv) > 1 and sys.argv[1] == "alone"
     comm = ranks.LocalComm() if alone else join(deterministic=True)
     result = {
+        "start": start(comm),
         "plain": train("plain", comm, 5),
         "clipped": train("plain", comm, 5, clip=0.1),
         "dropout": train("dropout", comm, 5),

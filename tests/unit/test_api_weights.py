@@ -42,6 +42,35 @@ def test_a_resumed_run_does_not_start_again(tmp_path):
     assert torch.equal(weights(tmp_path / "b"), trained)
 
 
+def test_a_start_that_was_refused_leaves_no_run_behind(tmp_path):
+    """The command with the spelling corrected is another one, and may use the same directory."""
+    for option in ("model.weights", "resume.from"):
+        with pytest.raises(UserError, match="nowhere.pt does not exist"):
+            run(tmp_path / option, **{option: str(tmp_path / "nowhere.pt")})
+        run(tmp_path / option, epochs=1)
+        with pytest.raises(UserError, match="holds another run"):
+            run(tmp_path / option, epochs=2)
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_cudnn_tries_its_algorithms_out_unless_runs_must_repeat(tmp_path, monkeypatch, deterministic):
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", deterministic)
+    run(tmp_path / "a", epochs=1, **{"comm.deterministic": deterministic})
+    assert torch.backends.cudnn.benchmark is not deterministic
+
+
+@pytest.mark.parametrize("wrong", [{"batch": 0}, {"workers": -1}])
+def test_evaluation_refuses_numbers_that_cannot_be(wrong, image_folder):
+    with pytest.raises(UserError, match="but they must be at least 1 and zero or more"):
+        api.evaluate(torch.nn.Flatten(), str(image_folder), **wrong)
+
+
+def test_what_a_result_names_can_be_evaluated(image_folder, tmp_path):
+    result = run(tmp_path / "a", **{"data.kind": "folder", "data.path": str(image_folder), "epochs": 1})
+    assert result.checkpoint.endswith("checkpoints/latest")
+    assert api.evaluate(result.checkpoint, str(image_folder), workers=0).top1 == pytest.approx(result.top1)
+
+
 def test_a_file_that_does_not_fit_is_refused(tmp_path):
     with pytest.raises(UserError, match="model.weights: .*nowhere.pt does not exist"):
         run(tmp_path / "a", **{"model.weights": str(tmp_path / "nowhere.pt")})

@@ -2,13 +2,16 @@
 
 import os
 import subprocess
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
 from dist_lars import checkpoint
+from dist_lars.config import Config
 from dist_lars.errors import UserError
+from dist_lars.rundir import open_run_dir
 
 
 def save(folder, step, best=False, keep=2, **more):
@@ -24,6 +27,26 @@ def test_latest_best_and_the_newest_k_are_kept(tmp_path):
     assert checkpoint.find(tmp_path) == folder / "step-000000005.pt"
     assert checkpoint.load(checkpoint.pointed_at(folder, "best"))["step"] == 2
     assert checkpoint.load(tmp_path)["step"] == 5  # a run directory stands for its latest
+    assert {name: checkpoint.load(folder / name)["step"] for name in ("latest", "best")} == {"latest": 5, "best": 2}
+    with pytest.raises(UserError, match="checkpoint .*nothing/best does not exist"):
+        checkpoint.load(tmp_path / "nothing" / "best")
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_is_a_run(tmp_path):
+    """Its log would have lines of two runs."""
+    first = Config(run_dir=str(tmp_path))
+    open_run_dir(first)[1].close()
+    open_run_dir(replace(first, seed=1))[1].close()  # nothing was done there yet
+    (tmp_path / "log.jsonl").write_text('{"kind": "start"}\n')
+    with pytest.raises(UserError, match="holds another run .seed: 1 -> 0."):
+        open_run_dir(first)
+    open_run_dir(replace(first, seed=1))[1].close()
+
+
+def test_weights_are_read_from_a_pointer_too(tmp_path):
+    save(tmp_path / "checkpoints", 1, best=True, model={"w": torch.ones(2)})
+    save(tmp_path / "checkpoints", 2, model={"w": torch.zeros(2)})
+    assert checkpoint.read_weights(tmp_path / "checkpoints" / "best")["w"].tolist() == [1, 1]
 
 
 def test_a_crash_while_saving_leaves_the_old_one(tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ import torch
 from dist_lars.comm import Backend, LocalComm, averaged_buffers, check_ranks, on_first_rank, pack, start, unpack
 from dist_lars.comm.torch_comm import slurm_port
 from dist_lars.errors import UserError
-from dist_lars.resources import pick_autocast, pick_device, share_cores
+from dist_lars.resources import on_cpu, pick_autocast, pick_device, share_cores
 
 
 def test_tasks_that_are_separate_jobs_are_stopped():
@@ -100,6 +100,12 @@ def test_packing_keeps_every_bit():
 def test_cores_are_never_promised_twice(monkeypatch, cores, device, workers, expected):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     assert share_cores(cores, torch.device(device), workers) == expected
+
+
+@pytest.mark.parametrize("gpus", [True, False])
+def test_auto_is_the_gpu_where_there_is_one(monkeypatch, gpus):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus)
+    assert [on_cpu(wanted) for wanted in ("cpu", "auto", "cuda")] == [True, not gpus, False]
 
 
 def test_formats_and_devices_that_cannot_work_are_refused():

@@ -8,7 +8,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dist_lars import models, optim
+from dist_lars import evaluate, models, optim, pack, train
 from dist_lars.cli import load_config, make_parser, parse, preset_names
 from dist_lars.config import LEAVES, Config, as_flat, flat_yaml, from_flat, to_yaml
 from dist_lars.continuation import differences
@@ -132,6 +132,14 @@ def test_choices_are_the_ones_that_exist():
     assert set(LEAVES["model.name"].type.__args__) == set(models.NAMES)
     assert set(LEAVES["optim.name"].type.__args__) == set(optim.NAMES)
     assert set(LEAVES["optim.law"].type.__args__) == set(optim.LAWS)
+
+
+@pytest.mark.parametrize("module", [train, evaluate, pack])
+def test_help_shows_the_description_line_by_line(module, capsys):
+    with pytest.raises(SystemExit):
+        module.main(["--help"])
+    shown = capsys.readouterr().out
+    assert all(line in shown for line in module.__doc__.splitlines())
 
 
 def test_every_option_is_documented():

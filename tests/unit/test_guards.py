@@ -113,6 +113,19 @@ def test_an_overflow_under_loss_scaling_is_no_fault_until_the_scale_is_gone(tmp_
         supervisor.broken(math.inf, Progress())
 
 
+def test_the_loss_scale_reaches_neither_norm_nor_clipping_nor_weights():
+    """Unscaled, the gradients are the same numbers; the step takes the multi-tensor path with it, the fused without."""
+    results = []
+    for scaler in (False, True):
+        job = job_of(scaler=scaler, clip_norm=0.01)
+        norms = [
+            engine.train_step(job, iter([batch(), batch(2.0)]), step, Counts(job.device), engine.Clock())
+            for step in range(3)
+        ]
+        results.append([torch.tensor(norms), *(p.detach() for p in job.model.parameters())])
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-7)
+
+
 def test_fp16_skips_an_overflow_and_lowers_its_scale():
     job = job_of(scaler=True)
     before = [p.clone() for p in job.model.parameters()]

@@ -9,9 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from optim_oracle import LarsOracle
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
-from dist_lars.optim import LARS, LAWS, build, param_groups
+from dist_lars.optim import LAMB, LARS, LAWS, build, param_groups
 
 DTYPES = [torch.float64, torch.float32]  # the multi-tensor path and the fused one
 both_paths = pytest.mark.parametrize("dtype", DTYPES, ids=["foreach", "fused"])
@@ -301,6 +304,18 @@ def test_torch_88106_learning_rate_has_no_default() -> None:
     with pytest.raises(ValueError, match="lr"):
         LARS([{"params": [parameter([1.0])], "momentum": 0.9}])
     assert LARS([{"params": [parameter([1.0])], "lr": 3.0}]).param_groups[0]["lr"] == 3.0
+
+
+@pytest.mark.parametrize("optimizer", [LARS, LAMB])
+def test_deepspeed_490_sharded_parameters_are_refused(optimizer: type[torch.optim.Optimizer]) -> None:
+    """There ZeRO hands LAMB slices of a flat buffer, and the norms are those of slices."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        with pytest.raises(ValueError, match=r"whole tensors, and a parameter of shape \(4, 3\) is spread over ranks"):
+            optimizer([torch.nn.Parameter(distribute_tensor(torch.ones(4, 3), mesh, [Shard(0)]))], lr=1.0)
+    finally:
+        dist.destroy_process_group()
 
 
 @both_paths

@@ -33,6 +33,12 @@ def test_the_launcher_says_how_many_ranks_there_are(environment, expected):
     assert expected_ranks(environment)[0] == expected
 
 
+@pytest.mark.parametrize("text", ["two", "0", "-1", "1.5"])
+def test_a_number_of_ranks_that_is_none_is_refused(text):
+    with pytest.raises(UserError, match=f"DIST_LARS_RANKS is '{text}', but it must be the number of ranks"):
+        expected_ranks({"DIST_LARS_RANKS": text})
+
+
 @pytest.mark.parametrize(
     ("environment", "place"),
     [

@@ -258,6 +258,12 @@ def test_a_batch_holds_until_the_second_one_after_it(workers):
     assert len(places) == KEPT * max(1, workers)
 
 
+def test_pinned_batches_are_not_kept():
+    """They are copies: of 16 workers and batches of 128 large images they would be 1.2 GB on every rank."""
+    kept = {pin: batches(Numbers(), ValOrder(range(200), 5), 2, pin).mapped.maxlen for pin in (False, True)}
+    assert kept == {False: 2 * KEPT, True: 0}
+
+
 def test_advice_fits_the_run():
     assert "dist_lars.pack" in advice(3, packed=False, staged=False, cached=False)
     assert "dist_lars.pack" not in advice(3, packed=True, staged=False, cached=False)

@@ -202,6 +202,7 @@ def test_the_command_packs_both_splits_and_verifies(image_folder, tmp_path, caps
         (["a", "b", "--size", "big"], "--size is 'big', but it must be a number of pixels, or none"),
         (["a", "b", "--quality", "0"], "--quality is 0"),
         (["a", "b", "--shard_mb", "0"], "--shard_mb is 0"),
+        (["a", "b", "--workers", "-3"], "--workers is -3"),
         (["a", "b", "--qualty", "9"], "did you mean quality"),
         (["nowhere", "b"], "data folder nowhere does not exist"),
     ],
