@@ -1,27 +1,42 @@
 """`dist_lars.train` with one fault built in: python worker.py FAULT RANK STEP [dist_lars.train's arguments].
 
-Every rank also writes what it is doing to $FAULT_PHASES/rankN, as its watchdog hears it.
+Every rank also writes what it is doing to $FAULT_PHASES/rankN, as its watchdog hears it, and waits there as long as
+$FAULT_PHASES/holdN holds an expression that matches it. A signal that it hears of leaves $FAULT_PHASES/signalPID.
 """
 
 import os
+import re
 import sys
 import time
 from pathlib import Path
 
 import torch
 
-from dist_lars import engine, train, watchdog
+from dist_lars import engine, stopping, train, watchdog
 
 
 def record_phases() -> None:
-    """Let every beat of the watchdog be seen from outside."""
-    beat = watchdog.Watchdog.beat
+    """Let every beat of the watchdog, and every signal, be seen from outside."""
+    beat, note, folder = watchdog.Watchdog.beat, stopping.StopNotes._note, Path(os.environ["FAULT_PHASES"])
 
     def told(self: watchdog.Watchdog, what: str) -> None:
-        (Path(os.environ["FAULT_PHASES"]) / f"rank{self.rank}").write_text(f"{os.getpid()} {what}")
         beat(self, what)
+        (folder / f"rank{self.rank}").write_text(f"{os.getpid()} {what}")
+        while held(folder / f"hold{self.rank}", what):
+            time.sleep(0.002)
 
-    watchdog.Watchdog.beat = told
+    def noted(self: stopping.StopNotes, *args) -> None:
+        note(self, *args)
+        (folder / f"signal{os.getpid()}").touch()
+
+    watchdog.Watchdog.beat, stopping.StopNotes._note = told, noted
+
+
+def held(hold: Path, what: str) -> bool:
+    try:
+        return re.search(hold.read_text(), what) is not None
+    except FileNotFoundError:
+        return False
 
 
 def break_at(fault: str, rank: int, at: int) -> None:
