@@ -65,8 +65,8 @@ class Job:
         )  # fmt: skip
         return self
 
-    def wait(self, timeout: float = 90) -> int:
-        """Its exit code; a job that does not end is a failed test."""
+    def wait(self, timeout: float = 240) -> int:
+        """Its exit code; a job that does not end is a failed test. The time is for a machine with ten times the load."""
         try:
             code = self.process.wait(timeout)
         except subprocess.TimeoutExpired:
@@ -77,7 +77,7 @@ class Job:
 
     def finish(self, **extra: str) -> int:
         """Run it (again) to the end."""
-        return self.start(**extra).wait(240)
+        return self.start(**extra).wait(480)
 
     def text(self) -> str:
         return (self.folder / "output.txt").read_text()
@@ -91,7 +91,7 @@ class Job:
             return 0, ""
 
     @contextlib.contextmanager
-    def held(self, what: str, rank: int = 0, timeout: float = 120) -> Iterator[int]:
+    def held(self, what: str, rank: int = 0, timeout: float = 240) -> Iterator[int]:
         """Inside, a rank waits where it first does something that matches; its process id.
 
         Steps take hundredths of a second, and this process may be away for longer: a fault that shall hit a phase is
@@ -116,7 +116,7 @@ class Job:
         self.kill_everything()
         return pytest.fail(f"never reached {what!r}:\n{self.text()[-3000:]}")
 
-    def wait_for_signal(self, pid: int, timeout: float = 60) -> None:
+    def wait_for_signal(self, pid: int, timeout: float = 120) -> None:
         """Return when a rank has heard of a signal."""
         end = time.monotonic() + timeout
         while not (self.phases / f"signal{pid}").exists():
@@ -139,7 +139,7 @@ class Job:
                     found[int(entry.name)] = variables
         return found
 
-    def rank_starts(self, rank: int, timeout: float = 60) -> int:
+    def rank_starts(self, rank: int, timeout: float = 120) -> int:
         """The process id of a rank as soon as mpirun has made it."""
         end = time.monotonic() + timeout
         while time.monotonic() < end:
@@ -164,12 +164,16 @@ class Job:
             os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
 
-    def orphans(self, patience: float = 30) -> list[int]:
+    def orphans(self, patience: float = 60) -> list[int]:
         """Processes that outlive the launcher."""
         end = time.monotonic() + patience
         while self.pids() and time.monotonic() < end:
             time.sleep(0.1)
         return list(self.pids())
+
+    def saved_at(self) -> float:
+        """When the newest checkpoint was there, in seconds since the epoch."""
+        return max(path.stat().st_mtime for path in (self.run_dir / "checkpoints").glob("step-*.pt"))
 
     def saved_step(self) -> int:
         """Of the newest good checkpoint, 0 without one."""
@@ -209,8 +213,8 @@ def command_of(pid: int) -> bytes:
 
 
 OPTIONS = (
-    "--preset", "quickstart", "--data.kind", "folder", "--data.image_size", "32", "--data.resize", "32",
-    "--model.name", "cnn_small", "--batch_size", "8", "--micro_batch", "4", "--epochs", str(EPOCHS),
+    "--preset", "quickstart", "--data.kind", "folder", "--data.image_size", "16", "--data.resize", "16",
+    "--model.name", "resnet_small", "--batch_size", "8", "--micro_batch", "4", "--epochs", str(EPOCHS),
     "--schedule.warmup_epochs", "1", "--log.every_steps", "1", "--log.tensorboard", "false", "--resume.save_steps", "3",
 )  # fmt: skip
 

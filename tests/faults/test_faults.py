@@ -106,7 +106,7 @@ def test_kills_during_saving(tmp_path, tell):
         saver.kill()
         saver.wait()
         saver.stdout.close()
-        counted += bool(list(folder.glob(".step-*.pt.*")))
+        counted += any(not checkpoint.verify(path.read_bytes()) for path in folder.glob(".step-*.pt.*"))
         path, damaged = checkpoint.newest_good(tmp_path)
         assert damaged == []
         state = checkpoint.load(path)
@@ -180,19 +180,19 @@ def test_a_stop_file(job, tell):
 
 
 def test_the_time_limit(job, tell):
-    limited = job("--epochs", "2000", "--max_time", "0:30").start()
+    limited = job("--epochs", "2000", "--max_time", "0:40").start()
     assert limited.wait() == 75
     assert limited.status()["reason"] == "time limit"
-    assert limited.seconds < 40  # the launcher's start and end beside the 30
+    assert limited.saved_at() < (limited.phases / "started0").stat().st_mtime + 40
     assert limited.saved_step() == limited.status()["step"]
-    tell("--max_time 30 s", f"saved at step {limited.saved_step()}, exit 75", limited.seconds, 0)
+    tell("--max_time 40 s", f"saved at step {limited.saved_step()}, exit 75", limited.seconds, 0)
 
 
 def test_slurms_time_limit(job, tell):
-    end = int(time.time() + 32)
+    end = int(time.time() + 42)
     limited = job("--epochs", "2000").start(SLURM_JOB_END_TIME=str(end))
     assert limited.wait() == 75
-    assert time.time() < end
+    assert limited.saved_at() < end
     assert limited.status()["reason"] == "time limit"
     assert limited.saved_step() == limited.status()["step"]
     tell("SLURM's end of the job", f"saved at step {limited.saved_step()}, exit 75", limited.seconds, 0)
@@ -201,20 +201,20 @@ def test_slurms_time_limit(job, tell):
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_stopped_rank(job, tell, rank):
     """A rank that is alive and does nothing: the others' watchdogs end the job."""
-    hung = job("--guard.hang_seconds", "8").start()
+    hung = job("--guard.hang_seconds", "12").start()
     with hung.held("step [4-9]$", rank) as pid:
         os.kill(pid, signal.SIGSTOP)
     began = time.monotonic()
     assert hung.wait() != 0
     assert not hung.orphans()
-    assert "made no progress for 8 s while in step" in hung.text()
+    assert "made no progress for 12 s while in step" in hung.text()
     assert (hung.run_dir / f"stacks-rank{1 - rank}.txt").read_text().count("File ") > 3
     assert hung.saved_step() >= 3
     tell(f"SIGSTOP of rank {rank}", "watchdog: stacks dumped, job ended", time.monotonic() - began, 3)
 
 
 def test_a_rank_that_hangs_in_python(job, tell):
-    hung = job("--guard.hang_seconds", "8").start("hang", 1, 7)
+    hung = job("--guard.hang_seconds", "12").start("hang", 1, 7)
     assert hung.wait() == 1
     assert "in hang" in (hung.run_dir / "stacks-rank1.txt").read_text()
     tell("rank 1 sleeps in its step", "watchdog: names the line that hangs", hung.seconds, 1)

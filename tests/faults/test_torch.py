@@ -40,7 +40,7 @@ def test_a_signal_to_one_rank_stops_all(job, tell):
 
 
 def test_a_rank_that_hangs_is_named(job, tell):
-    hung = job("--guard.hang_seconds", "8", *TORCH, launcher="torchrun").start("hang", 1, 7)
+    hung = job("--guard.hang_seconds", "12", *TORCH, launcher="torchrun").start("hang", 1, 7)
     assert hung.wait() != 0
     assert "rank 1 on" in hung.text()
     assert "in hang" in (hung.run_dir / "stacks-rank1.txt").read_text()
