@@ -66,7 +66,7 @@ class Job:
         return self
 
     def wait(self, timeout: float = 240) -> int:
-        """Its exit code; a job that does not end is a failed test. The time is for a machine with ten times the load."""
+        """Its exit code; a job that does not end is a failed test. The time is for a very busy machine."""
         try:
             code = self.process.wait(timeout)
         except subprocess.TimeoutExpired:

@@ -133,7 +133,10 @@ def test_an_overflow_under_loss_scaling_leaves_sums_and_averages_alone():
     assert all(torch.equal(a, b) for a, b in zip(average, job.ema.average, strict=True))
 
 
-def test_a_sum_that_differs_names_its_tensor(tmp_path):
+@pytest.mark.parametrize(
+    ("what", "tensor"), [("checksums", "1.bias"), ("checksums of buffers", "the mean of 2.running_var")]
+)
+def test_a_sum_that_differs_names_its_tensor(tmp_path, what, tensor):
     """Weights first, then the mean over ranks of BatchNorm's statistics."""
 
     class Two(LocalComm):
@@ -145,9 +148,8 @@ def test_a_sum_that_differs_names_its_tensor(tmp_path):
     job.model.append(torch.nn.BatchNorm1d(5))
     object.__setattr__(job, "comm", Two())
     supervisor = supervisor_of(tmp_path, job, Guard())
-    for what, name in (("checksums", "1.bias"), ("checksums of buffers", "the mean of 2.running_var")):
-        with pytest.raises(Diverged, match=f"step 8: the weights of rank 1 differ from rank 0's, first in {name}:"):
-            supervisor.compare_replicas(8)
+    with pytest.raises(Diverged, match=f"step 8: the weights of rank 1 differ from rank 0's, first in {tensor}:"):
+        supervisor.compare_replicas(8)
 
 
 def test_a_loss_that_stays_up_ends_the_run():
