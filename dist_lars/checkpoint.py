@@ -99,10 +99,14 @@ def find(run_dir: Path) -> Path | None:
 
 
 def newest_good(run_dir: Path) -> tuple[Path | None, list[Path]]:
-    """(the newest checkpoint that verifies, newer ones that are damaged)."""
+    """(the newest checkpoint that verifies, newer ones that are damaged, or that the disk does not give back)."""
     damaged: list[Path] = []
     for path in sorted((run_dir / "checkpoints").glob("step-*.pt"), reverse=True):
-        if verify(path.read_bytes()):
+        try:
+            good = verify(path.read_bytes())
+        except OSError:
+            good = False
+        if good:
             return path, damaged
         damaged.append(path)
     return None, damaged

@@ -100,15 +100,16 @@ def train_step(job: Job, stream: Iterator[Batch], step: int, counts: Counts, clo
             job.reducer.finish()
     job.scaler.unscale_(job.optimizer)
     norm = gradient_norm(job.model.parameters())
-    if math.isfinite(norm) or job.scaler.is_enabled():  # the scaler skips an overflow by itself, and lowers its scale
-        if job.clip_norm is not None:
-            clip(job.model.parameters(), job.clip_norm, norm)
+    finite = math.isfinite(norm)
+    if finite and job.clip_norm is not None:
+        clip(job.model.parameters(), job.clip_norm, norm)
+    if finite or job.scaler.is_enabled():  # the scaler skips an overflow by itself, and lowers its scale
         job.scaler.step(job.optimizer)
         job.scaler.update()
-        if job.ema is not None:
-            job.ema.update(step)
-    else:
+    if not finite:
         counts.sums.copy_(before)
+    elif job.ema is not None:
+        job.ema.update(step)
     return norm
 
 
@@ -169,11 +170,13 @@ def report(job: Job, steps_done: int, lr: float, norm: float, counts: Counts, cl
     A straggler shows as the rank that spends most of the interval on its own work: the others wait for it.
     """
     lap, ranks = clock.lap(), range(job.comm.size)
-    own = {f"busy.{r}": lap.seconds - lap.communicated if r == job.comm.rank else 0.0 for r in ranks}
-    sums = job.comm.sum(counts.take() | {"waited": lap.waited} | own)
+    own = {"busy": lap.seconds - lap.communicated, "waited": lap.waited}
+    told = {f"{what}.{r}": value if r == job.comm.rank else 0.0 for what, value in own.items() for r in ranks}
+    sums = job.comm.sum(counts.take() | told)
     values = means(sums)
-    busy = [sums[f"busy.{r}"] for r in ranks]
-    wait = sums["waited"] / job.comm.size / lap.seconds
+    busy, waited = ([sums[f"{what}.{r}"] for r in ranks] for what in own)
+    slowest = busy.index(max(busy))
+    wait = sum(waited) / job.comm.size / lap.seconds
     log.advance(0, loss=values["loss"], top1=values["top1"], lr=lr, data_wait=wait)
     log.line(
         "train",
@@ -184,8 +187,10 @@ def report(job: Job, steps_done: int, lr: float, norm: float, counts: Counts, cl
         gradient_norm=norm if math.isfinite(norm) else None,
         images_per_s=sums["count"] / lap.seconds,
         data_wait=wait,
-        slowest_rank=busy.index(max(busy)),
-        slowest_ratio=max(busy) / max(statistics.median(busy), 1e-9),
+        slowest_rank=slowest,
+        slowest_host=log.hosts[slowest] if log.hosts else None,
+        slowest_ratio=busy[slowest] / max(statistics.median(busy), 1e-9),
+        slowest_data_wait=waited[slowest] / lap.seconds,
     )
     log.waited(wait)
     return values["loss"]

@@ -178,13 +178,14 @@ class Run:
     # --- evaluating and saving ----------------------------------------------------------------------------------------
 
     def _evaluate(self, step: int) -> bool:
-        job, epoch = self.job, step // self.plan.steps_per_epoch
+        job, epoch, began = self.job, step // self.plan.steps_per_epoch, time.monotonic()
         with engine.evaluated_weights(job):
             batches = self._watched(self.val_batches, "evaluating")
             self.scores = engine.evaluate(
                 job.model, batches, self.comm, job.device, job.autocast, expected=len(self.sets.val),
                 left_out=lambda: len(self.val_batches.skipped),
             )  # fmt: skip
+        self.supervisor.evaluated(time.monotonic() - began)
         best = self.comm.rank == 0 and self.scores["top1"] > best_top1(self.run_dir, before=step)
         self.log.line("eval", step=step, epoch=epoch, weights="last" if job.ema is None else "averaged", **self.scores)
         s = self.scores
@@ -287,7 +288,7 @@ class Run:
             f"and {self.workers} loader workers per rank\n"
             f"  writes to: {self.run_dir}" + f"\n  continues at step {start:,}" * bool(start)
         )
-        hosts = self.comm.gather(socket.gethostname(), "hosts")
+        hosts = self.log.hosts = self.comm.gather(socket.gethostname(), "hosts")
         facts = {
             "classes": len(self.sets.classes),
             "config": as_flat(self.config),

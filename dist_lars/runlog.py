@@ -55,6 +55,7 @@ class RunLog:
         self.patient, self.unwritten, self.told = patient, b"", set[str]()
         self.progress = progress and run_dir is not None
         self.bar: Any = None
+        self.hosts: list[str] = []  # of each rank
         self.advice = "more loader workers"  # against waiting for data
         self.slow: bool | None = None  # None: the first interval, in which workers start
 

@@ -43,13 +43,12 @@ class Supervisor:
         bound = config.guard.max_loss or default_bound(classes)
         self.loss_bound = LossBound(bound, config.guard.max_loss_steps)
         self.saved_at, self.save_seconds = time.monotonic(), 0.0
-        self.stepped_at, self.step_seconds = time.monotonic(), 0.0
+        self.noted_at, self.step_seconds, self.evaluate_seconds = time.monotonic(), 0.0, 0.0
         self.pending = self.comm.sum_later([0, 0])
 
     def agreed(self) -> tuple[bool, bool]:
         """(stop, save) as all ranks' notes of the step before say; the same on all ranks."""
-        now = time.monotonic()
-        self.step_seconds, self.stepped_at = max(self.step_seconds, now - self.stepped_at), now
+        self.step_seconds = max(self.step_seconds, time.monotonic() - self.noted_at)
         stop, save = self.pending()
         return stop > 0, save > 0
 
@@ -59,9 +58,11 @@ class Supervisor:
         The exchange runs beside the step, so that agreeing costs no waiting.
         """
         self.pending = self.comm.sum_later([self._reason() is not None, self._save_is_due()])
+        self.noted_at = time.monotonic()
 
     def _reason(self) -> str | None:
-        return self.notes.reason(needed=2 * self.save_seconds + 3 * self.step_seconds)
+        """Why this rank wants to stop; what is said now is heard a step later, and an epoch may end there."""
+        return self.notes.reason(needed=2 * self.save_seconds + 3 * self.step_seconds + self.evaluate_seconds)
 
     def _save_is_due(self) -> bool:
         minutes = self.config.resume.save_minutes
@@ -70,6 +71,10 @@ class Supervisor:
     def saved(self, seconds: float) -> None:
         """A checkpoint was written."""
         self.saved_at, self.save_seconds = time.monotonic(), max(self.save_seconds, seconds)
+
+    def evaluated(self, seconds: float) -> None:
+        """The validation images were seen."""
+        self.evaluate_seconds = max(self.evaluate_seconds, seconds)
 
     def stopped(self, step: int) -> Stopped:
         """Why the ranks stop, in the words of the first that wanted to; the STOP file has done its work."""
@@ -110,9 +115,9 @@ class Supervisor:
         rows = self.comm.gather(tensor_sums(p for _, p in named), "checksums")
         found = first_difference([name for name, _ in named], rows)
         with ranks.averaged_buffers(self.job.model, self.comm):
-            buffers = ranks.float_buffers(self.job.model)
-            means = self.comm.gather(tensor_sums(buffers), "checksums of buffers")
-        found = found or first_difference([f"averaged buffer {i}" for i in range(len(buffers))], means)
+            means = self.comm.gather(tensor_sums(ranks.float_buffers(self.job.model)), "checksums of buffers")
+        buffers = [name for name, b in self.job.model.named_buffers() if b.is_floating_point()]
+        found = found or first_difference([f"the mean of {name}" for name in buffers], means)
         if found:
             odd, name = found
             raise Diverged(

@@ -39,7 +39,7 @@ FUSED_ORACLE = "tests/unit/test_lars.py::test_fused_path_equals_the_oracle"
 ENGINE, COMM, EQUIVALENCE = "dist_lars/engine.py", "dist_lars/comm/together.py", "tests/parallel/test_equivalence.py"
 BACKENDS, HOROVOD = "tests/parallel/test_backends.py", "dist_lars/comm/horovod_comm.py"
 DEFECTS, TORCH = "tests/unit/test_lars_defects.py", "tests/unit/test_lars_torch.py"
-STUDY = "benchmarks/study_grid.py"
+STATE, STUDY = "tests/unit/test_state.py", "benchmarks/study_grid.py"
 STUDY_GRID, STUDY_REPORT = (f"tests/unit/test_study_{name}.py" for name in ("grid", "report"))
 DOCTOR, SBATCH = "tests/unit/test_doctor_cluster.py", "tests/unit/test_sbatch.py"
 MODELS, ALEXNET = "tests/unit/test_models.py", "dist_lars/models/alexnet.py"
@@ -114,7 +114,7 @@ MUTANTS = [
     Mutant("dist_lars/rundir.py", " or not _begun(run_dir):", ":", "tests/unit/test_api_weights.py::test_a_start_that_was_refused_leaves_no_run_behind"),
     Mutant("dist_lars/rundir.py", "(log.exists() and log.stat().st_size > 0)", "False", "tests/unit/test_checkpoint.py::test_a_run_that_was_killed_before_its_first_checkpoint_is_a_run"),
     Mutant("dist_lars/checkpoint.py", "    elif path.name in POINTERS:\n", "    elif False:\n", "tests/unit/test_api_weights.py::test_what_a_result_names_can_be_evaluated"),
-    Mutant(ENGINE, "    if math.isfinite(norm) or", "    if True or", "tests/unit/test_guards.py::test_a_gradient_that_is_not_finite_changes_nothing"),
+    Mutant(ENGINE, "    if finite or", "    if True or", "tests/unit/test_guards.py::test_a_gradient_that_is_not_finite_changes_nothing"),
     Mutant(ENGINE, "        counts.sums.copy_(before)", "        pass", "tests/unit/test_guards.py::test_a_gradient_that_is_not_finite_changes_nothing"),
     Mutant(ENGINE, '    if values["count"] + sums["left_out"] != expected:', "    if False:", "tests/parallel/test_comm.py::test_missing_images_are_an_error"),
     Mutant(ENGINE, "(1 if job.reducer is None else job.reducer.ranks)", "1", f"{EQUIVALENCE}::test_ranks_times_passes_do_not_matter"),
@@ -141,6 +141,17 @@ MUTANTS = [
     Mutant("dist_lars/checkpoint.py", "weights_only=True)\n    except (RuntimeError", "weights_only=False)\n    except (RuntimeError", "tests/unit/test_checkpoint.py::test_a_checkpoint_cannot_run_code"),
     Mutant("dist_lars/state.py", "    job.optimizer.load_state_dict(state[\"optimizer\"])\n", "", "tests/launch/test_train.py::test_a_killed_run_continues_to_the_same_weights"),
     Mutant("dist_lars/state.py", 'state["buffers"][rank] if same_size else None', "None", "tests/launch/test_train.py::test_a_killed_run_continues_to_the_same_weights"),
+    Mutant("dist_lars/state.py", "    counts.sums.copy_(sums[rank]", "    sums.copy_(sums[rank]", f"{STATE}::test_all_of_a_run_comes_back"),
+    Mutant("dist_lars/state.py", '    job.scaler.load_state_dict(state["scaler"])\n', "", f"{STATE}::test_all_of_a_run_comes_back"),
+    Mutant("dist_lars/state.py", "sums.sum(0) * (rank == 0)", "sums.sum(0)", f"{STATE}::test_each_rank_gets_its_own_buffers_at_the_same_size_and_their_mean_at_another"),
+    Mutant("dist_lars/state.py", "buffers[rank] if same_size else None", "buffers[0]", f"{STATE}::test_each_rank_gets_its_own_buffers_at_the_same_size_and_their_mean_at_another"),
+    Mutant("dist_lars/state.py", '"lr_factor": progress.lr_factor', '"lr_factor": 1.0', f"{STATE}::test_all_of_a_run_comes_back"),
+    Mutant("dist_lars/checkpoint.py", "        except OSError:\n            good = False", "        except FileNotFoundError:\n            good = False", "tests/unit/test_checkpoint.py::test_the_newest_good_one_is_found"),
+    Mutant("dist_lars/supervisor.py", " + self.evaluate_seconds)", ")", "tests/unit/test_guards.py::test_a_time_limit_leaves_room_for_steps_an_evaluation_and_a_save"),
+    Mutant("dist_lars/supervisor.py", "        self.noted_at = time.monotonic()\n", "", "tests/unit/test_guards.py::test_a_time_limit_leaves_room_for_steps_an_evaluation_and_a_save"),
+    Mutant("dist_lars/supervisor.py", "found = found or first_difference", "found or first_difference", "tests/unit/test_guards.py::test_a_sum_that_differs_names_its_tensor"),
+    Mutant(ENGINE, "    elif job.ema is not None:", "    if job.ema is not None:", "tests/unit/test_guards.py::test_an_overflow_under_loss_scaling_leaves_sums_and_averages_alone"),
+    Mutant(ENGINE, "waited[slowest] /", "waited[0] /", "tests/unit/test_guards.py::test_the_report_names_the_slowest_rank"),
     Mutant("dist_lars/guards.py", "key(row) != key(per_rank[0])", "False", "tests/unit/test_guards.py::test_the_first_difference_is_named"),
     Mutant("dist_lars/stopping.py", "        if self.signal is not None:\n            os._exit(EXIT_STOPPED)\n", "", "tests/unit/test_stopping.py::test_a_signal_is_noted_and_a_second_one_ends_the_process"),
     # Networks and recipes.

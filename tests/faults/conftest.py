@@ -1,11 +1,13 @@
 """Jobs to break, and the table of what happened to each."""
 
+import contextlib
 import os
 import re
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -42,10 +44,14 @@ class Job:
         """The words that start what follows them on every rank."""
         return [*{**LAUNCHERS, "torchrun": TORCHRUN}[self.launcher], str(self.ranks)]
 
+    @property
+    def phases(self) -> Path:
+        """Where ranks say what they do, and read where to wait; its name marks every process of this job."""
+        return self.folder / "phases"
+
     def start(self, fault: str = "none", rank: int = 0, step: int = 0, **extra: str) -> "Job":
         """Start it; `fault` is one of tests/faults/worker.py."""
-        phases = self.folder / "phases"
-        phases.mkdir(parents=True, exist_ok=True)
+        self.phases.mkdir(parents=True, exist_ok=True)
         words = [
             *self.launch(), sys.executable, WORKER, fault, str(rank), str(step), *OPTIONS,
             "--data.path", str(self.images), "--run_dir", str(self.run_dir),
@@ -54,13 +60,13 @@ class Job:
         self.log = (self.folder / "output.txt").open("a+")
         self.started = time.monotonic()
         self.process = subprocess.Popen(
-            words, cwd=self.folder, env=environment(FAULT_PHASES=str(phases), **extra), stdout=self.log,
+            words, cwd=self.folder, env=environment(FAULT_PHASES=str(self.phases), **extra), stdout=self.log,
             stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
         return self
 
-    def wait(self, timeout: float = 60) -> int:
-        """Its exit code; a job that does not end is a failed test."""
+    def wait(self, timeout: float = 240) -> int:
+        """Its exit code; a job that does not end is a failed test. The time is for a very busy machine."""
         try:
             code = self.process.wait(timeout)
         except subprocess.TimeoutExpired:
@@ -71,7 +77,7 @@ class Job:
 
     def finish(self, **extra: str) -> int:
         """Run it (again) to the end."""
-        return self.start(**extra).wait(120)
+        return self.start(**extra).wait(480)
 
     def text(self) -> str:
         return (self.folder / "output.txt").read_text()
@@ -79,13 +85,26 @@ class Job:
     def phase(self, rank: int) -> tuple[int, str]:
         """(process id, what it is doing) of a rank; (0, "") before it says so."""
         try:
-            pid, _, what = (self.folder / "phases" / f"rank{rank}").read_text().partition(" ")
+            pid, _, what = (self.phases / f"rank{rank}").read_text().partition(" ")
             return int(pid), what
         except (FileNotFoundError, ValueError):
             return 0, ""
 
-    def wait_for(self, what: str, rank: int = 0, timeout: float = 60) -> int:
-        """The process id of a rank once it does something that matches."""
+    @contextlib.contextmanager
+    def held(self, what: str, rank: int = 0, timeout: float = 240) -> Iterator[int]:
+        """Inside, a rank waits where it first does something that matches; its process id.
+
+        Steps take hundredths of a second, and this process may be away for longer: a fault that shall hit a phase is
+        done while the rank stays in it.
+        """
+        hold = self.phases / f"hold{rank}"
+        checkpoint.write_aside(hold, what.encode())
+        try:
+            yield self._reached(what, rank, timeout)
+        finally:
+            hold.unlink()
+
+    def _reached(self, what: str, rank: int, timeout: float) -> int:
         end = time.monotonic() + timeout
         while time.monotonic() < end:
             pid, doing = self.phase(rank)
@@ -97,31 +116,64 @@ class Job:
         self.kill_everything()
         return pytest.fail(f"never reached {what!r}:\n{self.text()[-3000:]}")
 
-    def pids(self) -> list[int]:
-        """Every process of this job that is still there, ranks and loaders."""
-        found = []
+    def wait_for_signal(self, pid: int, timeout: float = 120) -> None:
+        """Return when a rank has heard of a signal."""
+        end = time.monotonic() + timeout
+        while not (self.phases / f"signal{pid}").exists():
+            if time.monotonic() > end:
+                self.kill_everything()
+                pytest.fail(f"process {pid} was never signalled:\n{self.text()[-3000:]}")
+            time.sleep(0.002)
+
+    def pids(self) -> dict[int, list[bytes]]:
+        """{process id: environment} of every process of this job that is still there: launcher, ranks, loaders."""
+        mark = f"FAULT_PHASES={self.phases}".encode()
+        found = {}
         for entry in Path("/proc").iterdir():
             if entry.name.isdigit():
                 try:
-                    if str(self.run_dir).encode() in (entry / "cmdline").read_bytes():
-                        found.append(int(entry.name))
+                    variables = (entry / "environ").read_bytes().split(b"\0")
                 except OSError:
                     continue
+                if mark in variables:
+                    found[int(entry.name)] = variables
         return found
+
+    def rank_starts(self, rank: int, timeout: float = 120) -> int:
+        """The process id of a rank as soon as mpirun has made it."""
+        end = time.monotonic() + timeout
+        while time.monotonic() < end:
+            for pid, variables in self.pids().items():
+                if f"OMPI_COMM_WORLD_RANK={rank}".encode() in variables:
+                    return pid
+            time.sleep(0.005)
+        self.kill_everything()
+        return pytest.fail(f"rank {rank} never started:\n{self.text()[-3000:]}")
+
+    def loader_workers(self, pid: int) -> list[int]:
+        """Loader workers of a rank: children of its fork server."""
+        parents = {p: parent_of(p) for p in self.pids()}
+        servers = [p for p, parent in parents.items() if parent == pid and b"forkserver" in command_of(p)]
+        return [p for p, parent in parents.items() if parent in servers]
 
     def kill_everything(self) -> None:
         for pid in self.pids():
-            os.kill(pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         if self.process is not None and self.process.poll() is None:
             os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
 
-    def orphans(self, patience: float = 15) -> list[int]:
+    def orphans(self, patience: float = 60) -> list[int]:
         """Processes that outlive the launcher."""
         end = time.monotonic() + patience
         while self.pids() and time.monotonic() < end:
             time.sleep(0.1)
-        return self.pids()
+        return list(self.pids())
+
+    def saved_at(self) -> float:
+        """When the newest checkpoint was there, in seconds since the epoch."""
+        return max(path.stat().st_mtime for path in (self.run_dir / "checkpoints").glob("step-*.pt"))
 
     def saved_step(self) -> int:
         """Of the newest good checkpoint, 0 without one."""
@@ -136,13 +188,33 @@ class Job:
             return 0
         return lines[-1]["step"] if lines else 0
 
+    def losses(self) -> dict[int, float]:
+        """{step: loss} as the log has it, in the words of the last job that took the step."""
+        return {line["step"]: line["loss"] for line in runlog.read(self.run_dir, "train")}
+
     def status(self) -> dict[str, Any]:
         return runlog.read_status(self.run_dir) or {}
 
 
+def parent_of(pid: int) -> int:
+    """0 for a process that has gone."""
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    except OSError:
+        return 0
+
+
+def command_of(pid: int) -> bytes:
+    """Empty for a process that has gone."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""
+
+
 OPTIONS = (
-    "--preset", "quickstart", "--data.kind", "folder", "--data.image_size", "32", "--data.resize", "32",
-    "--model.name", "cnn_small", "--batch_size", "8", "--micro_batch", "4", "--epochs", str(EPOCHS),
+    "--preset", "quickstart", "--data.kind", "folder", "--data.image_size", "16", "--data.resize", "16",
+    "--model.name", "resnet_small", "--batch_size", "8", "--micro_batch", "4", "--epochs", str(EPOCHS),
     "--schedule.warmup_epochs", "1", "--log.every_steps", "1", "--log.tensorboard", "false", "--resume.save_steps", "3",
 )  # fmt: skip
 

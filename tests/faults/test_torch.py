@@ -17,8 +17,9 @@ def test_a_killed_rank_ends_the_job_and_the_next_one_continues(job, tell, launch
     whole = job(*TORCH, launcher=launcher)
     assert whole.finish() == 0, whole.text()[-3000:]
     broken = job(*TORCH, launcher=launcher).start()
-    os.kill(broken.wait_for("step [12].$", 1), signal.SIGKILL)
-    assert broken.wait(30) != 0
+    with broken.held("step [12].$", 1) as pid:
+        os.kill(pid, signal.SIGKILL)
+    assert broken.wait() != 0
     assert not broken.orphans()
     seconds, lost = broken.seconds, broken.last_step() - broken.saved_step()
     assert broken.finish() == 0, broken.text()[-3000:]
@@ -29,8 +30,9 @@ def test_a_killed_rank_ends_the_job_and_the_next_one_continues(job, tell, launch
 
 def test_a_signal_to_one_rank_stops_all(job, tell):
     asked = job(*TORCH, launcher="torchrun").start()
-    os.kill(asked.wait_for("step [4-9]$", 1), signal.SIGUSR2)
-    assert asked.wait(30) != 0  # torchrun makes 1 of 75
+    with asked.held("step [4-9]$", 1) as pid:
+        os.kill(pid, signal.SIGUSR2)
+    assert asked.wait() != 0  # torchrun makes 1 of 75
     assert asked.status()["state"] == "stopped"
     assert asked.status()["reason"] == "signal SIGUSR2 on rank 1"
     assert asked.saved_step() == asked.status()["step"]
@@ -38,8 +40,8 @@ def test_a_signal_to_one_rank_stops_all(job, tell):
 
 
 def test_a_rank_that_hangs_is_named(job, tell):
-    hung = job("--guard.hang_seconds", "6", *TORCH, launcher="torchrun").start("hang", 1, 7)
-    assert hung.wait(60) != 0
+    hung = job("--guard.hang_seconds", "12", *TORCH, launcher="torchrun").start("hang", 1, 7)
+    assert hung.wait() != 0
     assert "rank 1 on" in hung.text()
     assert "in hang" in (hung.run_dir / "stacks-rank1.txt").read_text()
     assert not hung.orphans()

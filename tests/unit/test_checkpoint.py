@@ -153,5 +153,7 @@ def test_the_newest_good_one_is_found(tmp_path):
     paths[2].write_bytes(paths[2].read_bytes()[:-1])
     paths[1].write_bytes(b"")
     assert checkpoint.newest_good(tmp_path) == (paths[0], [paths[2], paths[1]])
+    (folder / "step-000000004.pt").mkdir()  # reading it is an error of the system's, as on a sick disk
+    assert checkpoint.newest_good(tmp_path) == (paths[0], [folder / "step-000000004.pt", paths[2], paths[1]])
     paths[0].unlink()
     assert checkpoint.newest_good(tmp_path)[0] is None

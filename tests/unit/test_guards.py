@@ -1,6 +1,7 @@
 """Numbers that go wrong: a gradient that is not finite, a loss that runs away, replicas that differ."""
 
 import math
+import time
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch
 from dist_lars import engine, runlog
 from dist_lars.comm import LocalComm
 from dist_lars.config import Config, Guard, Resume
+from dist_lars.ema import Ema
 from dist_lars.guards import (
     Diverged,
     LossBound,
@@ -21,7 +23,7 @@ from dist_lars.metrics import Counts
 from dist_lars.optim import LARS
 from dist_lars.plan import make_plan
 from dist_lars.state import Progress
-from dist_lars.stopping import StopNotes
+from dist_lars.stopping import MARGIN, StopNotes
 from dist_lars.supervisor import RollBack, Supervisor
 
 
@@ -134,6 +136,35 @@ def test_fp16_skips_an_overflow_and_lowers_its_scale():
     assert job.scaler.get_scale() == 2.0**15
 
 
+def test_an_overflow_under_loss_scaling_leaves_sums_and_averages_alone():
+    job, counts = job_of(scaler=True), Counts(torch.device("cpu"))
+    object.__setattr__(job, "ema", Ema(job.model.parameters(), 0.9))
+    engine.train_step(job, iter([batch(), batch()]), 0, counts, engine.Clock())
+    sums, average = counts.sums.clone(), [t.clone() for t in job.ema.average]
+    engine.train_step(job, iter([batch(), batch(float("inf"))]), 3, counts, engine.Clock())
+    assert torch.equal(counts.sums, sums)  # or one overflow makes the loss of a whole interval nan
+    assert all(torch.equal(a, b) for a, b in zip(average, job.ema.average, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("what", "tensor"), [("checksums", "1.bias"), ("checksums of buffers", "the mean of 2.running_var")]
+)
+def test_a_sum_that_differs_names_its_tensor(tmp_path, what, tensor):
+    """Weights first, then the mean over ranks of BatchNorm's statistics."""
+
+    class Two(LocalComm):
+        def gather(self, value, name):
+            other = [v + (name == what and i == 1) for i, v in enumerate(value)]
+            return [value, other] if name.startswith("checksums") else [value]
+
+    job = job_of()
+    job.model.append(torch.nn.BatchNorm1d(5))
+    object.__setattr__(job, "comm", Two())
+    supervisor = supervisor_of(tmp_path, job, Guard())
+    with pytest.raises(Diverged, match=f"step 8: the weights of rank 1 differ from rank 0's, first in {tensor}:"):
+        supervisor.compare_replicas(8)
+
+
 def test_a_loss_that_stays_up_ends_the_run():
     bound = LossBound(3.0, steps=20)
     for step, loss in [(10, 9.0), (20, 2.9), (30, 3.1), (40, float("nan"))]:
@@ -174,21 +205,45 @@ def test_saves_fall_due_by_the_clock(tmp_path, monkeypatch):
     assert not (tmp_path / "STOP").exists()
 
 
+def test_a_time_limit_leaves_room_for_steps_an_evaluation_and_a_save(tmp_path, monkeypatch):
+    """Two steps may pass before all ranks have heard, an epoch may end there; what went before counts once."""
+    supervisor = supervisor_of(tmp_path, job_of(), Guard(), max_time="60")
+    now = supervisor.noted_at
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    supervisor.note()
+    now += 5  # a step
+    supervisor.agreed()
+    now += 100  # evaluated and saved: no step
+    supervisor.evaluated(70)
+    supervisor.saved(30)
+    supervisor.note()
+    needed = 3 * 5 + 70 + 2 * 30 + MARGIN
+    for left, reason in ((needed + 1, None), (needed - 1, "time limit")):
+        supervisor.notes.deadline = time.time() + left
+        assert supervisor._reason() == reason
+
+
 def test_the_report_names_the_slowest_rank(tmp_path):
     class Three(LocalComm):
         size = 3
 
         def sum(self, values):
-            return {**values, "busy.1": values["busy.0"] * 3, "busy.2": values["busy.0"]}
+            busy, seconds = values["busy.0"], clock.since - began
+            return {**values, "busy.1": busy * 3, "busy.2": busy, "waited.1": seconds / 2}
 
     job = job_of()
     log = runlog.RunLog(tmp_path, tensorboard=False, progress=False)
+    log.hosts = ["n1", "n2", "n2"]
     counts, clock = Counts(job.device), engine.Clock()
+    began = clock.since
     engine.train_step(job, iter([batch(), batch()]), 0, counts, clock)
     object.__setattr__(job, "comm", Three())
     engine.report(job, 1, 0.1, math.nan, counts, clock, log)
     (line,) = runlog.read(tmp_path, "train")
     assert line["slowest_rank"] == 1
+    assert line["slowest_host"] == "n2"
     assert line["slowest_ratio"] == pytest.approx(3.0, rel=1e-6)
+    assert line["slowest_data_wait"] == pytest.approx(0.5, rel=0.01)
+    assert line["data_wait"] == pytest.approx(0.5 / 3, rel=0.01)
     assert line["gradient_norm"] is None
     assert line["count"] == 8

@@ -1,0 +1,16 @@
+"""Resumed equals never stopped, to the last bit: weights, averages, momentum, all ranks' buffers, values of the log."""
+
+import pytest
+
+pytestmark = pytest.mark.parallel
+WORKER = "tests/parallel/worker_resume.py"
+
+
+@pytest.mark.parametrize(
+    ("ranks", "stops"), [(1, []), (2, []), (3, ["4", "9"])], ids=["1 rank", "2 ranks", "3 ranks, deterministic"]
+)
+def test_any_step_to_stop_at(launch, ranks, stops):
+    first = launch(ranks, WORKER, *stops, timeout=400)[0]
+    assert first.pop("saving") == []  # saving changes nothing of what is computed
+    assert first.pop("own") is (ranks > 1)
+    assert first == {stop: [] for stop in stops or map(str, range(1, 12))}
