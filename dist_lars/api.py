@@ -176,7 +176,7 @@ def evaluate(
     precision: str = "auto",
     comm: Comm | None = None,
 ) -> Scores:
-    """Loss, top-1 and top-5 of a model, or of a checkpoint (a .pt file or a run directory), on a folder of images.
+    """Loss, top-1 and top-5 of a model, or of a checkpoint (as `checkpoint.load` takes it), on a folder of images.
 
     `path` holds val/CLASS/image.jpg, test/CLASS/image.jpg or CLASS/image.jpg. A checkpoint brings its own image size
     and class names, and refuses a folder with other classes. Raises `UserError` for what cannot be read.

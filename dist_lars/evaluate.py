@@ -1,7 +1,8 @@
 """`python -m dist_lars.evaluate --checkpoint PATH --data.path DIR`: one JSON line with loss, top1, top5 and count.
 
-PATH is a checkpoint file or a run directory (its latest). DIR holds val/CLASS/image.jpg, test/CLASS/image.jpg or
-CLASS/image.jpg. Works alone and under horovodrun or mpirun, which share the images out.
+PATH is a run directory (its latest checkpoint), RUN_DIR/checkpoints/best, or a checkpoint file. DIR holds
+val/CLASS/image.jpg, test/CLASS/image.jpg or CLASS/image.jpg. Works alone and under horovodrun or mpirun, which share
+the images out.
 """
 
 import json
@@ -15,7 +16,7 @@ from dist_lars.errors import UserError
 def main(argv: list[str] | None = None) -> None:
     """Parse, evaluate, print."""
     parser = command_parser("python -m dist_lars.evaluate", __doc__ or "")
-    parser.add_argument("--checkpoint", type=str, required=True, help="a checkpoint file or a run directory")
+    parser.add_argument("--checkpoint", type=str, required=True, help="a run directory or a checkpoint file")
     parser.add_argument("--data.path", type=str, required=True, help="the images")
     parser.add_argument("--data.workers", type=int | None, default=None, help="loader processes per rank")
     parser.add_argument("--batch", type=int, default=64, help="images per forward pass")

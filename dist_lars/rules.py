@@ -1,6 +1,7 @@
 """Which values the options may have."""
 
 import math
+import re
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
@@ -51,7 +52,27 @@ def check(c: "Config") -> None:
     }  # fmt: skip
     _require(shares, lambda v: 0 <= v < 1, "must be in [0, 1)")
     _require({"data.min_scale": c.data.min_scale}, lambda v: 0 < v <= 1, "is a share of the area: 0 < value <= 1")
+    _require({"seed": c.seed}, lambda v: v < 2**63, "must be below 2^63")
+    _require({"schedule.gamma": c.schedule.gamma}, lambda v: 0 < v <= 1, "is the factor of a drop: 0 < value <= 1")
+    _require(
+        {"schedule.milestones": min(c.schedule.milestones, default=0)}, lambda v: v >= 0, "must be epochs from 0 on"
+    )
+    if c.max_time is not None:
+        seconds_of(c.max_time)
     _fit_together(c)
+
+
+def seconds_of(text: str) -> float:
+    """A duration as SLURM writes it: minutes, MM:SS, HH:MM:SS, D-HH, D-HH:MM or D-HH:MM:SS; in seconds."""
+    match = re.fullmatch(r"(?:(?P<days>\d+)-)?(?P<rest>\d+(?::\d+){0,2})", text.strip())
+    if not match:
+        raise UserError(f"max_time is {text!r}, but it must be a duration such as 01:55:00, 1-12:00:00 or 90 (minutes)")
+    parts = [int(p) for p in match["rest"].split(":")]
+    if match["days"] is not None:
+        hours, minutes, seconds = [*parts, 0, 0][:3]
+        return 86400 * int(match["days"]) + 3600 * hours + 60 * minutes + seconds
+    units = {1: [60], 2: [60, 1], 3: [3600, 60, 1]}[len(parts)]
+    return float(sum(n * u for n, u in zip(parts, units, strict=True)))
 
 
 def _fit_together(c: "Config") -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from dist_lars.errors import UserError
+from dist_lars.rules import seconds_of
 
 EXIT_STOPPED = 75  # EX_TEMPFAIL: not finished, run the same command again
 SIGNALS = (signal.SIGTERM, signal.SIGUSR2)
@@ -47,19 +47,6 @@ class StopNotes:
         if self.deadline is not None and time.time() + needed + MARGIN > self.deadline:
             return "time limit"
         return None
-
-
-def seconds_of(text: str) -> float:
-    """A duration as SLURM writes it: minutes, MM:SS, HH:MM:SS, D-HH, D-HH:MM or D-HH:MM:SS; in seconds."""
-    match = re.fullmatch(r"(?:(?P<days>\d+)-)?(?P<rest>\d+(?::\d+){0,2})", text.strip())
-    if not match:
-        raise UserError(f"max_time is {text!r}, but it must be a duration such as 01:55:00, 1-12:00:00 or 90 (minutes)")
-    parts = [int(p) for p in match["rest"].split(":")]
-    if match["days"] is not None:
-        hours, minutes, seconds = [*parts, 0, 0][:3]
-        return 86400 * int(match["days"]) + 3600 * hours + 60 * minutes + seconds
-    units = {1: [60], 2: [60, 1], 3: [3600, 60, 1]}[len(parts)]
-    return float(sum(n * u for n, u in zip(parts, units, strict=True)))
 
 
 def deadline(max_time: str | None, started: float, environment: Mapping[str, str]) -> float | None:

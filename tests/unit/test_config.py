@@ -61,6 +61,10 @@ def test_a_dash_is_accepted_for_an_underscore():
         (["--data.min_scale", "0"], "data.min_scale is 0.0, but it is a share"),
         (["--data.resize", "100"], "data.resize 100 is smaller than data.image_size 224.*--data.resize 256"),
         (["--schedule.warmup_epochs", "100"], "longer than epochs 90"),
+        (["--schedule.gamma", "-1"], "schedule.gamma is -1.0, but it is the factor of a drop"),
+        (["--schedule.milestones", "[-5, 30]"], "schedule.milestones is -5.0, but it must be epochs from 0 on"),
+        (["--seed", str(2**64)], r"seed is 18446744073709551616, but it must be below 2\^63"),
+        (["--max_time", "soon"], "max_time is 'soon', but it must be a duration such as 01:55:00"),
     ],
 )
 def test_wrong_values_are_refused_with_value_rule_and_way_out(argv, message):

@@ -8,7 +8,8 @@ from types import SimpleNamespace
 import pytest
 
 from dist_lars.errors import UserError
-from dist_lars.stopping import MARGIN, StopNotes, deadline, seconds_of, slurm_end
+from dist_lars.rules import seconds_of
+from dist_lars.stopping import MARGIN, StopNotes, deadline, slurm_end
 
 
 @pytest.mark.parametrize(
