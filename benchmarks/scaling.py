@@ -31,6 +31,7 @@ import numpy as np
 from benchmarks import record, show
 from benchmarks.group import Group, close_all, in_turn, launcher_at_hand
 from benchmarks.scaling_results import PARTS, Case, Measured, compare, recipe, split_rows, table
+from dist_lars.resources import free_memory
 
 CARRIERS = {"horovod": None, "horovod-gloo": "gloo", "torch": None, "ddp": None, "none": None}  # -> launcher it needs
 COLUMNS = ("ranks", "carrier", "data", "wire", "passes", "images/s", "low", "high", "of 1 rank", "of 1 node",
@@ -67,25 +68,30 @@ def main() -> None:
         for case in cases:
             print(f"starting {case.key()} ...", flush=True)
             groups[case.key()] = start_group(args, case)
+            if len(groups) == 1:
+                warm_up(groups[case.key()], {"steps": 1, "apart": True}, most=1)
+                check_memory(groups[case.key()], sum(c.ranks for c in cases[1:]))
         turns = measure(groups, measured, args)
         facts = next(iter(groups.values())).facts[0]
         hosts = {f"{case.ranks} ranks": groups[case.key()].hosts() for case in cases if case.passes == 1}
     finally:
         close_all(list(groups.values()))
-    rows = table(measured, args, hosts)
-    print(show.markdown(rows, [c for c in COLUMNS if any(row.get(c) is not None for row in rows)]))
-    split = split_rows(measured)
-    print(show.markdown(split))
+    rows, split = table(measured, args, hosts), split_rows(measured)
+    columns = [c for c in COLUMNS if any(row.get(c) is not None for row in rows)]
+    tables = f"{show.markdown(rows, columns)}\n\n{show.markdown(split)}\n"
+    print(tables)
     raw = {f"{key} rank {r}": np.concatenate([b.sum(2)[r] for b in m.blocks]).tolist()
            for key, m in measured.items() for r in range(m.case.ranks)}  # fmt: skip
     path = record.write(
         args.name or f"scaling_{args.model}", rows, raw, model=args.model, mode=args.mode, batch=args.batch,
         image_size=args.image_size, rounds=turns, steps_per_round=args.steps, ranks_per_host=hosts,
-        device=facts["device"], threads_per_rank=facts["threads"], workers_per_rank=facts["workers"],
+        device=facts["device"], computes_in=facts["computes_in"], threads_per_rank=facts["threads"],
+        workers_per_rank=facts["workers"],
         launcher=args.launcher, options=args.option, recipe=recipe(args), split=split,
     )  # fmt: skip
+    path.with_suffix(".md").write_text(f"`{record.command()}`\n\n{tables}", encoding="utf-8")
     draw(rows, path.with_suffix(".png"), args)
-    print(f"wrote {path.name} and its .png to benchmarks/records")
+    print(f"wrote {path.name}, its .md and its .png to benchmarks/records")
 
 
 def parse() -> argparse.Namespace:
@@ -144,6 +150,19 @@ def start_group(args: argparse.Namespace, case: Case) -> Group:
     }  # fmt: skip
     launcher = CARRIERS[case.carrier] or args.launcher
     return Group(job, case.ranks, launcher, args.hosts)
+
+
+def check_memory(one: Group, more: int) -> None:
+    """Refuse what would not fit: all ranks live side by side. `one` has trained; `more` ranks are to come."""
+    if not one.local or one.facts[0]["device"] == "cuda":
+        return  # other hosts have memory of their own
+    status = Path(f"/proc/{one.local[0]}/status").read_text()
+    each = 1024 * int(next(line.split()[1] for line in status.splitlines() if line.startswith("RssAnon")))
+    if more * each > (free := free_memory()):
+        raise SystemExit(
+            f"{more} more ranks of {each / 1e9:.1f} GB each do not fit into the {free / 1e9:.1f} GB that are free: "
+            f"measure fewer cases in one run, or take a smaller --batch"
+        )
 
 
 def measure(groups: dict[str, Group], measured: dict[str, Measured], args: argparse.Namespace) -> int:

@@ -50,7 +50,8 @@ def main() -> None:
     print(show.markdown(sorted(layers, key=lambda r: -r["backward ms"])[:10]))
     name = args.name or f"step_{args.model}"
     path = record.write(name, rows, {}, model=args.model, batch=args.batch, image_size=args.image_size,
-                        options=args.option, layers=layers, **extra)  # fmt: skip
+                        computes_in=parts["1 rank"]["computes_in"], options=args.option, layers=layers,
+                        **extra)  # fmt: skip
     print(f"wrote {path.name} to benchmarks/records")
 
 
@@ -65,7 +66,7 @@ def run_parts(args: argparse.Namespace, ranks: int, carrier: str) -> dict[str, A
         group = Group({**job, "timeline": str(timeline)}, ranks, args.launcher, HOROVOD_TIMELINE="DYNAMIC")
         try:
             group.do({"steps": 4})
-            found: dict[str, Any] = {"steps": group.do({"steps": args.steps})}
+            found: dict[str, Any] = {"steps": group.do({"steps": args.steps}), **group.facts[0]}
             if ranks == 1:
                 found["layers"] = group.do({"steps": 5, "layers": True})[0]
             else:

@@ -59,13 +59,13 @@ def scaling_alexnet() -> str:
 
 
 def scaling_wire() -> str:
-    """What compression and a few accumulated passes change."""
-    return scaling("scaling_wire", "--name scaling_wire --carriers horovod --wire fp16,bf16 --accumulation 4")
+    """What compression changes."""
+    return scaling("scaling_wire", "--name scaling_wire --carriers horovod --wire fp16,bf16")
 
 
 def scaling_passes() -> str:
-    """Many accumulated passes."""
-    return scaling("scaling_passes", "--name scaling_passes --carriers horovod --accumulation 16")
+    """What accumulated passes change; smaller ones, for all groups hold their memory at once."""
+    return scaling("scaling_passes", "--name scaling_passes --carriers horovod --accumulation 4,16 --batch 16")
 
 
 def scaling(name: str, command: str) -> str:

@@ -220,7 +220,10 @@ def train(job: dict[str, Any], connection: Connection) -> None:
         data.batches(sets.train, order, workers, pin=device.type == "cuda") if sets else same_batch(config, device)
     )
     turns = Turns(connection, marked, watch, job.get("timeline", ""))
-    connection.send({**facts(), "device": device.type, "threads": threads, "workers": workers})
+    number = "float32" if autocast is None else str(autocast).removeprefix("torch.")
+    connection.send(
+        {**facts(), "device": device.type, "computes_in": number, "threads": threads, "workers": workers}
+    )  # fmt: skip
     turns.begin()
     log = RunLog(None, tensorboard=False, progress=False)
     engine.train(marked, timed(stream, watch), 0, MarkedCounts(device, watch), log, 10**9, turns)

@@ -1,6 +1,7 @@
 """Everything that happens to jobs on clusters, done on purpose: nothing is lost but the steps since the last save.
 
-FAULT_KILLS and FAULT_SAVES set how many random kills are made (20 and 50; CI makes fewer).
+FAULT_KILLS and FAULT_SAVES set how many random kills are made (20 and 50; CI makes fewer); FAULT_RECORD=1 keeps the
+table as a record.
 """
 
 import contextlib

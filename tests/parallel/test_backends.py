@@ -4,9 +4,7 @@ import pytest
 
 pytestmark = pytest.mark.parallel
 WORKER = "tests/parallel/worker_backends.py"
-RUNS = [(1, "horovod by MPI"), (1, "torch under torchrun")] + [
-    (n, carrier) for n in (2, 3) for carrier in ("horovod by MPI", "horovod by gloo", "torch under torchrun")
-]
+RUNS = [(n, c) for n in (1, 2, 3) for c in ("horovod by MPI", "horovod by gloo", "torch under torchrun")]
 ROUNDING = {"fp32": 2.0**-24, "fp16": 2.0**-11, "bf16": 2.0**-8}  # of one number
 
 

@@ -14,6 +14,7 @@ from dist_lars.cli import load_config
 from dist_lars.guards import tensor_sums
 from dist_lars.metrics import Counts
 from dist_lars.plan import make_plan
+from dist_lars.resources import pick_autocast
 from tests.parallel.worker_tools import finish, join
 
 NETS = {
@@ -28,10 +29,11 @@ STEPS, CLASSES, MICRO = 3, 10, 2
 def three_steps(name: str, comm: ranks.Comm) -> dict[str, Any]:
     """The same two images per rank, three times: losses, where the weights went, and equality of the replicas."""
     options = {"model.name": name, "batch_size": MICRO * comm.size, "micro_batch": MICRO, "epochs": 1, "device": "cpu"}
-    config = load_config(overrides={**options, "schedule.warmup_epochs": 0, "precision": "bf16", **NETS[name]})
+    config = load_config(overrides={**options, "schedule.warmup_epochs": 0, **NETS[name]})
     torch.manual_seed(0)
     plan = make_plan(config, comm.size, STEPS * config.batch_size, 4)
-    job = api.make_job(config, comm, plan, CLASSES, torch.device("cpu"), torch.bfloat16)
+    cpu = torch.device("cpu")
+    job = api.make_job(config, comm, plan, CLASSES, cpu, pick_autocast(config.precision, cpu))
     ranks.sync_parameters(job.model, comm)
     before = tensor_sums(job.model.parameters())
     rng = torch.Generator().manual_seed(comm.rank)
