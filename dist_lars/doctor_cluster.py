@@ -23,7 +23,7 @@ from dist_lars import doctor_verdict as verdict
 from dist_lars.cli import fail, is_first_process, make_parser, parse
 from dist_lars.config import Config, data_path
 from dist_lars.doctor_host import Check, as_json, check_decoder, check_torch
-from dist_lars.doctor_roll import EXIT_APART, EXIT_SICK, Deadline, Roll
+from dist_lars.doctor_roll import EXIT_APART, EXIT_SICK, IMPORTING, Deadline, Roll
 from dist_lars.doctor_verdict import Facts, Link
 from dist_lars.errors import UserError
 from dist_lars.launchers import place_of
@@ -69,7 +69,7 @@ def report(table: str, checks: Sequence[Check]) -> str:
 def examine(config: Config, roll: Roll, json: bool = False, clock: Callable[[], float] = time.time,
             change: Callable[[Facts], Facts] = lambda facts: facts) -> int:  # fmt: skip
     """Join the ranks, let rank 0 tell what was found; `clock` and `change` are for tests: nodes that differ."""
-    roll.at("importing torch")
+    roll.at(IMPORTING)
     check_alone(roll)
     from dist_lars.api import start_ranks
 

@@ -21,6 +21,7 @@ from dist_lars.launchers import expected_ranks
 EXIT_SICK = 3  # a check failed: no other launcher would help
 EXIT_APART = 4  # the ranks do not find each other: another launcher may
 VERDICT = "preflight.json"
+IMPORTING = "importing torch"  # a stage: thousands of files, from wherever the environment lies
 ANSWER = 3.0  # seconds that the ranks are given to answer when the time is up
 
 
@@ -108,6 +109,9 @@ def behind(called: dict[int, Stand], launched: int) -> tuple[bool, str, str]:
     silent = [r for r, stand in called.items() if not stand.answers]
     stages = [[r for r in called if called[r].stage == stage] for stage in {s.stage for s in called.values()}]
     few = silent or min(stages, key=len)
+    if all(stand.stage == IMPORTING and stand.answers for stand in called.values()):
+        fix = "try again, for the files may be in the nodes' memory now; or a container, which is one file (README.md)"
+        return False, "all ranks do: the environment lies on a slow file system", fix
     if len(few) == len(called):
         fix = "a firewall or the wrong network between nodes: INTERFACE in slurm/site.sh; or another LAUNCHER"
         return False, "all ranks wait for each other", fix

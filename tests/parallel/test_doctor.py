@@ -17,7 +17,7 @@ def examine(command, tmp_path):
     """`examine("clock", 1)` -> (exit code, output, {check: [status, value and repair]} of preflight.json)."""
 
     def run(fault, sick, np=2):
-        done = command(*MPIRUN, "-np", str(np), "python", WORKER, fault, str(sick), str(tmp_path / "run"), timeout=90)
+        done = command(*MPIRUN, "-np", str(np), "python", WORKER, fault, str(sick), str(tmp_path / "run"), timeout=150)
         verdict = tmp_path / "run/preflight.json"
         checks = json.loads(verdict.read_text()) if verdict.exists() else []
         return done.returncode, done.stdout, {c["name"]: [c["status"], f"{c['value']} -> {c['fix']}"] for c in checks}
@@ -55,7 +55,7 @@ def test_one_node_differs(examine, fault, check, words):
 def test_a_rank_that_raises_is_named_at_once(examine):
     began = time.monotonic()
     code, output, checks = examine("raise", 1)
-    assert time.monotonic() - began < 40
+    assert time.monotonic() - began < 75  # when the others would say that they waited
     assert code != 0
     assert "rank 1 on" in output
     assert "failed while looking around: OSError: this disk is gone" in checks["progress"][1]

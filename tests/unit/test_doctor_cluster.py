@@ -170,12 +170,15 @@ def test_the_roll_names_who_is_behind(tmp_path):
         roll.at("starting", answers=True)
     assert behind(rolls[0].call(), 4)[:2] == (True, "rank 3 never started")
     assert behind(rolls[0].call(), 3)[:2] == (False, "all ranks wait for each other")
+    for roll in rolls:
+        roll.at("importing torch", answers=True)
+    assert "slow file system" in behind(rolls[0].call(), 3)[1]
     rolls[0].at("reducing", answers=True)
     rolls[2].at("reducing", answers=True)
     sick, text, repair = behind(rolls[2].call(), 3)
     assert sick
     assert text.startswith("rank 1 on ")
-    assert text.endswith("stands at 'starting' while the others do not")
+    assert text.endswith("stands at 'importing torch' while the others do not")
     assert "--exclude=" in repair
     rolls[1].at("reducing")
     assert "rank 1 on" in behind(rolls[2].call(), 3)[1]
