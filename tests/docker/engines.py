@@ -13,6 +13,7 @@ import contextlib
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -68,7 +69,7 @@ class Buildah:
         """Build the image and return what was printed."""
         if folder_size(self.folder) > ROOM or free(self.folder) < NEEDED:
             self.clean()
-        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / "wheels").mkdir(parents=True, exist_ok=True)
         if self("inspect", "--type=image", BASE, check=False).returncode:
             self._bootstrap()
         self("rm", "--all", check=False)  # of a build that was interrupted
@@ -78,6 +79,8 @@ class Buildah:
             "--uts=host",
             "--pull-never",
             "--layers",
+            # what an interrupted build compiled, and one before a change that Horovod does not depend on
+            f"--volume={self.folder}/wheels:/root/.cache/dist_lars/wheels",
             *site(self.folder / "pip.conf"),
         )
         return self("build", *options, "-t", TAG, "-f", "docker/Dockerfile", ".", timeout=60 * MINUTES).stdout
@@ -211,11 +214,18 @@ def folder_size(folder: Path) -> int:
 
 
 def call(*words: str, timeout: float = 300, check: bool = True) -> Finished:
-    """Run a command in the clone; on a failure show the end of what it printed."""
-    done = subprocess.run(
+    """Run a command in the clone; on a failure show the end of what it printed. A time-out ends all that it started."""
+    process = subprocess.Popen(
         words, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        timeout=timeout, check=False,
+        start_new_session=True,
     )  # fmt: skip
+    try:
+        output, _ = process.communicate(timeout=timeout)
+    except BaseException:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        raise
+    done = Finished(words, process.returncode, output)
     if check and done.returncode:
         raise RuntimeError(f"{' '.join(words)} ended with {done.returncode}\n{done.stdout[-6000:]}")
     return done
