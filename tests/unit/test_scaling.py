@@ -1,6 +1,8 @@
 """What the scaling benchmarks compute from their times: speeds, efficiencies, fits, overlap, choices, tables."""
 
 import argparse
+import os
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -74,6 +76,15 @@ def test_strong_scaling_shares_one_batch():
     assert scaling.batch_of(args, Case(4, "horovod")) == 16
     with pytest.raises(SystemExit, match="--batch 64 does not divide by 3 ranks"):
         scaling.batch_of(args, Case(3, "horovod"))
+
+
+def test_what_would_not_fit_into_memory_is_refused(monkeypatch):
+    """After the first rank has trained: all of them live side by side, and Linux would kill some in the middle."""
+    one = SimpleNamespace(local=[os.getpid()], facts=[{"device": "cpu"}])
+    monkeypatch.setattr(scaling, "free_memory", lambda: 3e9)
+    scaling.check_memory(one, 1)
+    with pytest.raises(SystemExit, match=r"900 more ranks of 0\.\d GB each do not fit into the 3\.0 GB"):
+        scaling.check_memory(one, 900)
 
 
 def test_two_records_are_compared_case_by_case():
