@@ -30,12 +30,11 @@ WIRE = {"fp32": None, "fp16": torch.float16, "bf16": torch.bfloat16}  # None: as
 
 
 class Scores(NamedTuple):
-    """Means over `images` images; top-k in percent."""
+    """Means over the images; top-k in percent."""
 
     loss: float
     top1: float
     top5: float
-    images: int
 
 
 def train(config: Config, comm: Comm | None = None) -> Result:
@@ -164,7 +163,13 @@ def make_optimizer(config: Config, model: nn.Module, lr: float) -> torch.optim.O
 # --- evaluate ---------------------------------------------------------------------------------------------------------
 
 
-def evaluate(
+def evaluate(model: nn.Module | str | Path, path: str, **options: Any) -> Scores:
+    """(loss, top1, top5) of a model or checkpoint on the images below `path`; `options` are those of `score`."""
+    scores = score(model, path, **options)
+    return Scores(*(scores[name] for name in Scores._fields))
+
+
+def score(
     model: nn.Module | str | Path,
     path: str,
     *,
@@ -175,8 +180,8 @@ def evaluate(
     device: str = "auto",
     precision: str = "auto",
     comm: Comm | None = None,
-) -> Scores:
-    """Loss, top-1 and top-5 of a model, or of a checkpoint (as `checkpoint.load` takes it), on a folder of images.
+) -> dict[str, float]:
+    """loss, top1, top5 (percent) and count of a model or a checkpoint (see `checkpoint.load`) on a folder of images.
 
     `path` holds val/CLASS/image.jpg, test/CLASS/image.jpg or CLASS/image.jpg. A checkpoint brings its own image size
     and class names, and refuses a folder with other classes. Raises `UserError` for what cannot be read.
@@ -196,8 +201,7 @@ def evaluate(
     mine = data.ValOrder(data.validation_range(len(index), comm.rank, comm.size), batch)
     images = data.val_images(index, image_size, resize)
     batches = data.batches(images, mine, cores, pin=place.type == "cuda")
-    got = engine.evaluate(net, batches, comm, place, pick_autocast(precision, place), len(index))
-    return Scores(got["loss"], got["top1"], got["top5"], len(index))
+    return engine.evaluate(net, batches, comm, place, pick_autocast(precision, place), len(index))
 
 
 def _from_checkpoint(path: str | Path, index: data.Index) -> tuple[nn.Module, int, int]:

@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> None:
     from dist_lars.resources import on_cpu
 
     def act(comm: ranks.Comm) -> None:
-        scores = api.evaluate(
+        scores = api.score(
             given["checkpoint"],
             given["data.path"],
             batch=given["batch"],
@@ -43,8 +43,7 @@ def main(argv: list[str] | None = None) -> None:
             comm=comm,
         )
         if comm.rank == 0:
-            facts = {"loss": scores.loss, "top1": scores.top1, "top5": scores.top5, "count": scores.images}
-            print(json.dumps(facts), flush=True)
+            print(json.dumps({name: scores[name] for name in ("loss", "top1", "top5", "count")}), flush=True)
 
     launch.as_job(lambda: ranks.start(cpu=on_cpu(given["device"]), backend=ranks.Backend(given["backend"])), act)
 

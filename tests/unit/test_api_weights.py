@@ -68,7 +68,8 @@ def test_evaluation_refuses_numbers_that_cannot_be(wrong, image_folder):
 def test_what_a_result_names_can_be_evaluated(image_folder, tmp_path):
     result = run(tmp_path / "a", **{"data.kind": "folder", "data.path": str(image_folder), "epochs": 1})
     assert result.checkpoint.endswith("checkpoints/latest")
-    assert api.evaluate(result.checkpoint, str(image_folder), workers=0).top1 == pytest.approx(result.top1)
+    loss, top1, top5 = api.evaluate(result.checkpoint, str(image_folder), workers=0)
+    assert (loss, top1, top5) == pytest.approx((result.loss, result.top1, result.top5))
 
 
 def test_a_file_that_does_not_fit_is_refused(tmp_path):
