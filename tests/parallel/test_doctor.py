@@ -65,7 +65,7 @@ def test_a_rank_that_raises_is_named_at_once(examine):
 def test_a_rank_that_hangs_is_named_in_time(examine, sick):
     code, output, checks = examine("stop", sick)
     assert code != 0
-    assert re.search(rf"rank {1 - sick} on \S+ waited 20 s while", output)
+    assert re.search(rf"rank {1 - sick} on \S+ waited 10 s while", output), (code, output)
     assert f"rank {sick} on" in checks["progress"][1]
     assert "stands at 'looking around' and answers no more" in checks["progress"][1]
     assert "sbatch --exclude=" in checks["progress"][1]
