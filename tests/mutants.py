@@ -215,6 +215,9 @@ MUTANTS = [
     Mutant("slurm/common.sh", "then export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK; fi", "then :; fi", SBATCH),
     Mutant("slurm/common.sh", '--world_size "$RANKS" || exit $?', '--world_size "$RANKS" || true', SBATCH),
     Mutant("slurm/resnet18_8k.sbatch", "#SBATCH --nodes=4\n", "#SBATCH --nodes=3\n", SBATCH),
+    Mutant("dist_lars/doctor_roll.py", "if all(stand.stage == IMPORTING", "if not all(stand.stage == IMPORTING", DOCTOR),
+    Mutant("slurm/common.sh", '--data.stage "$STAGE"', '--data.stage "$(eval echo "$STAGE")"', SBATCH),
+    Mutant("slurm/site.example.sh", "#LAUNCHER=srun MPI_TYPE=", "#LAUNCHER=srun MPI=", SBATCH),
 ]  # fmt: skip
 
 
