@@ -89,7 +89,7 @@ def test_a_full_disk_is_not_filled_further(monkeypatch, tmp_path):
     monkeypatch.setattr(engines, "store", lambda: tmp_path)
     monkeypatch.setattr(engines, "free", lambda folder: 6e9)
     monkeypatch.setattr(engines, "folder_size", lambda folder: 2e9)
-    with pytest.raises(engines.NoEngine, match=r"take 15 GB, and .* has room for 8.0: free some"):
+    with pytest.raises(engines.NoEngine, match=r"take 20 GB, and .* has room for 8.0: free some"):
         engines.find()
-    monkeypatch.setattr(engines, "folder_size", lambda folder: 10e9)
+    monkeypatch.setattr(engines, "folder_size", lambda folder: 15e9)
     assert isinstance(engines.find(), engines.Buildah)
