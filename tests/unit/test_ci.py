@@ -19,6 +19,10 @@ stray:
 \t@setsid sleep 7654 & echo $$! >$(CURDIR)/../pid
 endless:
 \tsleep 7654
+test-once:
+\t@test -n "$(ARGS)" && echo "again $(ARGS)"
+test-never:
+\t@false
 """
 
 
@@ -47,6 +51,14 @@ def test_one_failure_does_not_hide_the_next(ci):
     assert (code, minutes) == (1, [("fails", "FAILED"), ("fine", "")])
     assert "CI=true" in output
     assert ci("fine")[0] == 0
+
+
+def test_tests_that_fail_are_tried_again_and_it_is_said(ci):
+    code, output, minutes = ci("test-once", "fine")
+    assert (code, minutes) == (0, [("test-once", "with a second try"), ("fine", "")])
+    assert "again --last-failed" in output
+    code, _, minutes = ci("test-never")
+    assert (code, minutes) == (1, [("test-never", "FAILED")])
 
 
 def test_all_of_it_has_a_limit(ci):
