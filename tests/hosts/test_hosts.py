@@ -107,8 +107,8 @@ def lost(broken: HostsJob) -> None:
 @pytest.mark.parametrize("launcher", WAYS)
 def test_a_host_that_is_cut_off(job, net, one_host, launcher):
     broken = job(launcher, "--guard.hang_seconds", str(HANG)).start()
-    broken.wait_for("step ([5-9]|[12].)$")
-    net["host2"].cut()
+    with broken.held("step ([5-9]|[12].)$"):
+        net["host2"].cut()
     try:
         lost(broken)
     finally:
@@ -122,8 +122,8 @@ def test_a_host_that_dies(job, tmp_path, one_host, launcher):
     """Its work goes on on the host that is left."""
     with nodes.Network(tmp_path / "net", NAMES, sshd=True) as own:
         broken = job(launcher, "--guard.hang_seconds", str(HANG), net=own).start()
-        broken.wait_for("step ([5-9]|[12].)$")
-        own["host2"].kill()
+        with broken.held("step ([5-9]|[12].)$"):
+            own["host2"].kill()
         lost(broken)
         broken.slots = (2, 0)
         assert broken.finish() == 0, broken.text()[-3000:]
