@@ -27,7 +27,7 @@ def test_it_learns_the_digits(name, digits, tmp_path, monkeypatch):
     config = load_config(
         "quickstart",
         overrides={
-            "model.name": "resnet_small", "data.image_size": 32, "data.resize": 32,
+            "model.name": "resnet_small", "data.image_size": 16, "data.resize": 16,
             "batch_size": 32, "micro_batch": 32, "epochs": 5, "optim.name": name,
             "run_dir": str(tmp_path / "run"), "log.tensorboard": False, "log.progress": False, "data.workers": 0,
             "resume.save_epochs": 100, **RECIPES[name],

@@ -16,8 +16,9 @@ from tests.conftest import MPIRUN, environment
 pytestmark = pytest.mark.launch
 PACK = ("python", "-m", "dist_lars.pack")
 SMALL = (
-    "--preset", "quickstart", "--data.kind", "folder", "--batch_size", "8", "--micro_batch", "2", "--epochs", "2",
-    "--log.every_steps", "1", "--optim.lr", "1", "--log.tensorboard", "false", "--device", "cpu",
+    "--preset", "quickstart", "--model.name", "resnet_small", "--data.kind", "folder", "--batch_size", "8",
+    "--micro_batch", "2", "--epochs", "2", "--log.every_steps", "1", "--optim.lr", "1", "--log.tensorboard", "false",
+    "--device", "cpu",
 )  # fmt: skip
 
 

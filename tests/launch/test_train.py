@@ -15,8 +15,8 @@ from tests.conftest import LAUNCHERS, MPIRUN, environment
 pytestmark = pytest.mark.launch
 TRAIN = ("python", "-m", "dist_lars.train")
 SMALL = (
-    "--preset", "quickstart", "--data.kind", "folder", "--batch_size", "8", "--micro_batch", "2", "--epochs", "3",
-    "--log.every_steps", "1", "--optim.lr", "1",
+    "--preset", "quickstart", "--model.name", "resnet_small", "--data.kind", "folder", "--batch_size", "8",
+    "--micro_batch", "2", "--epochs", "3", "--log.every_steps", "1", "--optim.lr", "1",
 )  # fmt: skip
 
 
@@ -98,6 +98,7 @@ def test_synthetic_images_and_the_default_run_dir(command, tmp_path):
     done = command(
         *TRAIN, *SMALL, "--data.kind", "synthetic", "--data.train_images", "16", "--data.val_images", "4",
         "--model.name", "alexnet", "--data.image_size", "64", "--data.resize", "64", "--optim.name", "sgd_momentum",
+        "--epochs", "1",
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:]
     (run,) = (tmp_path / "runs").iterdir()
@@ -119,17 +120,8 @@ def killed_after_first_epoch(folder, words):
 
 def test_a_killed_run_continues_to_the_same_weights(command, image_folder, tmp_path):
     def words(name):
-        return [
-            *MPIRUN,
-            "-np",
-            "2",
-            *TRAIN,
-            *SMALL,
-            "--data.path",
-            str(image_folder),
-            "--run_dir",
-            str(tmp_path / name),
-        ]
+        data = ("--data.path", str(image_folder))
+        return [*MPIRUN, "-np", "2", *TRAIN, *SMALL, *data, "--run_dir", str(tmp_path / name)]
 
     assert command(*words("a"), timeout=150).returncode == 0
     killed_after_first_epoch(tmp_path, words("b"))
