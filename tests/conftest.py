@@ -70,6 +70,11 @@ LAUNCHERS = {
     "horovodrun": ("horovodrun", "-np"),
     "gloo": ("horovodrun", "--gloo", "-np"),
 }
+# A training of seconds on a folder of images, for dist_lars.train; of an option given again, the last one counts.
+SMALL_RUN = (
+    "--preset", "quickstart", "--model.name", "resnet_small", "--data.kind", "folder", "--batch_size", "8",
+    "--micro_batch", "2", "--epochs", "3", "--log.every_steps", "1", "--optim.lr", "1",
+)  # fmt: skip
 TORCHRUN = ("torchrun", "--standalone", "--no-python", "--nproc-per-node")
 # Every way to carry gradients: (launcher, comm.backend).
 CARRIERS = {

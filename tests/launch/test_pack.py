@@ -11,15 +11,11 @@ from pathlib import Path
 import pytest
 
 from dist_lars import runlog
-from tests.conftest import MPIRUN, environment
+from tests.conftest import MPIRUN, SMALL_RUN, environment
 
 pytestmark = pytest.mark.launch
 PACK = ("python", "-m", "dist_lars.pack")
-SMALL = (
-    "--preset", "quickstart", "--model.name", "resnet_small", "--data.kind", "folder", "--batch_size", "8",
-    "--micro_batch", "2", "--epochs", "2", "--log.every_steps", "1", "--optim.lr", "1", "--log.tensorboard", "false",
-    "--device", "cpu",
-)  # fmt: skip
+SMALL = (*SMALL_RUN, "--epochs", "2", "--log.tensorboard", "false", "--device", "cpu")
 
 
 def content(folder: Path) -> dict[str, bytes]:

@@ -10,14 +10,10 @@ import pytest
 import torch
 
 from dist_lars import checkpoint, runlog
-from tests.conftest import LAUNCHERS, MPIRUN, environment
+from tests.conftest import LAUNCHERS, MPIRUN, SMALL_RUN, environment
 
 pytestmark = pytest.mark.launch
 TRAIN = ("python", "-m", "dist_lars.train")
-SMALL = (
-    "--preset", "quickstart", "--model.name", "resnet_small", "--data.kind", "folder", "--batch_size", "8",
-    "--micro_batch", "2", "--epochs", "3", "--log.every_steps", "1", "--optim.lr", "1",
-)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +84,7 @@ def test_a_finished_run_is_not_trained_again(quickstart, command):
 @pytest.mark.parametrize("launcher", ["mpirun", "gloo", "alone"])
 def test_every_launcher_trains_a_folder(command, image_folder, tmp_path, launcher):
     words = [] if launcher == "alone" else [*LAUNCHERS[launcher], "2"]
-    done = command(*words, *TRAIN, *SMALL, "--data.path", str(image_folder), "--run_dir", "r", timeout=150)
+    done = command(*words, *TRAIN, *SMALL_RUN, "--data.path", str(image_folder), "--run_dir", "r", timeout=150)
     assert done.returncode == 0, done.stdout[-3000:]
     assert runlog.read(tmp_path / "r", "end")[0]["step"] == 9
     assert runlog.read(tmp_path / "r", "eval")[-1]["count"] == 11
@@ -96,7 +92,7 @@ def test_every_launcher_trains_a_folder(command, image_folder, tmp_path, launche
 
 def test_synthetic_images_and_the_default_run_dir(command, tmp_path):
     done = command(
-        *TRAIN, *SMALL, "--data.kind", "synthetic", "--data.train_images", "16", "--data.val_images", "4",
+        *TRAIN, *SMALL_RUN, "--data.kind", "synthetic", "--data.train_images", "16", "--data.val_images", "4",
         "--model.name", "alexnet", "--data.image_size", "64", "--data.resize", "64", "--optim.name", "sgd_momentum",
         "--epochs", "1",
     )  # fmt: skip
@@ -121,7 +117,7 @@ def killed_after_first_epoch(folder, words):
 def test_a_killed_run_continues_to_the_same_weights(command, image_folder, tmp_path):
     def words(name):
         data = ("--data.path", str(image_folder))
-        return [*MPIRUN, "-np", "2", *TRAIN, *SMALL, *data, "--run_dir", str(tmp_path / name)]
+        return [*MPIRUN, "-np", "2", *TRAIN, *SMALL_RUN, *data, "--run_dir", str(tmp_path / name)]
 
     assert command(*words("a"), timeout=150).returncode == 0
     killed_after_first_epoch(tmp_path, words("b"))
@@ -180,7 +176,7 @@ def refusal_under_launcher(done):
 
 
 def test_a_batch_that_does_not_divide_is_refused_on_every_rank(command, image_folder):
-    words = (*TRAIN, *SMALL, "--data.path", str(image_folder), "--batch_size", "12", "--micro_batch", "4")
+    words = (*TRAIN, *SMALL_RUN, "--data.path", str(image_folder), "--batch_size", "12", "--micro_batch", "4")
     done = command(*LAUNCHERS["mpirun"], "2", *words)
     assert "12 does not divide by 2 ranks x micro_batch 4" in refusal_under_launcher(done)
 
