@@ -13,7 +13,8 @@ was taken within seconds of the others; ratios are taken round by round. Definit
 - Ceiling: N independent trainings at the same time on the same cores, their images/s added up. What a machine loses
   by sharing memory and power is lost there, too; what is missing to it is communication.
 - Exposed communication: the median step minus that of the independent ranks. `wait` is the part of it that comes
-  after backward.
+  after backward. `ranks apart`: how much longer than the mean the slowest rank works at a step, of itself: what waiting
+  for each other costs on a machine that is not equally fast everywhere.
 - Intervals: bootstrap of the median over rounds, 95 %. Straggler ratio: 99th percentile of the steps / median.
 """
 

@@ -55,6 +55,18 @@ class Measured:
         """Ranks that do not wait for each other do sum(1 / seconds) steps a second together."""
         return whole.shape[0] / (1 / whole).sum(0)
 
+    def apart_ms(self) -> float | None:
+        """Milliseconds by which the slowest rank's own work exceeds the ranks' mean, step by step, on average.
+
+        What ranks that wait for each other lose to a machine that is not equally fast everywhere; of independent ranks,
+        what they would lose. None for DDP, which waits inside backward.
+        """
+        if self.case.carrier == "ddp" or self.case.ranks == 1:
+            return None
+        own = [i for i, part in enumerate(PARTS) if part not in ("wait", "rest")]
+        whole = np.concatenate([block[:, :, own].sum(2) for block in self.blocks], axis=1)
+        return 1e3 * float((whole.max(0) - whole.mean(0)).mean())
+
     def speeds(self) -> np.ndarray:
         """Images/s of all ranks, one number per round."""
         images = self.case.ranks * self.batch * self.case.passes
@@ -124,7 +136,7 @@ def split_rows(measured: dict[str, Measured]) -> list[dict[str, Any]]:
     for m in measured.values():
         case = m.case
         row = {"case": case.key(), "step ms": 1e3 * float(np.median(m.steps())), **m.parts()}
-        row["cpu ms"] = 1e3 * float(np.median(m.cpu))
+        row |= {"cpu ms": 1e3 * float(np.median(m.cpu)), "ranks apart ms": m.apart_ms()}
         alone = measured.get(Case(case.ranks, "none", passes=case.passes, data=case.data).key())
         if alone is not None and case.carrier != "none":
             row["exposed ms"] = row["step ms"] - 1e3 * float(np.median(alone.steps()))

@@ -106,6 +106,20 @@ def allreduce() -> str:
     return show.markdown(table) + _link("allreduce")
 
 
+def tune() -> str:
+    """Each knob of the exchange against our default, side by side."""
+    found = [record.read(name) for name in ("tune_alexnet", "tune_resnet18") if _rows(name)]
+    if not found:
+        return "Not measured yet: `python -m benchmarks.tune --out comm.yaml`."
+    table: dict[tuple[str, str], dict[str, Any]] = {}
+    for body in found:
+        for r in body["rows"]:
+            if r["value"] != "default":
+                row = table.setdefault((r["knob"], r["value"]), {"knob": r["knob"], "value": r["value"]})
+                row[f"{body['model']}, x default"] = f"{r['x default']:.3f} ({r['low']:.3f} to {r['high']:.3f})"
+    return show.markdown(table.values()) + "".join(_link(f"tune_{body['model']}") for body in found)
+
+
 def overlap() -> str:
     """What of ResNet-18's communication is exposed."""
     try:
@@ -128,6 +142,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
         scaling_passes,
         allreduce,
         overlap,
+        tune,
     )
 }
 

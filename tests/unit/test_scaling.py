@@ -59,6 +59,8 @@ def test_efficiencies_are_taken_round_by_round():
     assert four["hours"] == pytest.approx(90 * 1_281_167 / four["images/s"] / 3600)
     split = {row["case"]: row for row in scaling.split_rows(found)}
     assert split[Case(2, "horovod").key()]["exposed ms"] == pytest.approx(1000 * (3.0 - 1.875))
+    assert split[Case(2, "horovod").key()]["ranks apart ms"] == pytest.approx(1000 * 0.05)
+    assert split[Case(2, "none").key()]["ranks apart ms"] == 0
 
 
 def test_one_thing_varies_at_a_time():
