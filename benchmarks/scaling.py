@@ -11,7 +11,8 @@ was taken within seconds of the others; ratios are taken round by round. Definit
 - Efficiency against 1 rank: images/s(N) / (N x images/s(1)); against 1 node: the same from the largest number of
   ranks that one host holds. Weak: `--batch` images per rank and pass; strong: `--batch` images over all ranks.
 - Ceiling: N independent trainings at the same time on the same cores, their images/s added up. What a machine loses
-  by sharing memory and power is lost there, too; what is missing to it is communication.
+  by sharing memory and power is lost there, too; what is missing to it is communication, and waiting for the slower
+  rank: `in step` is the ratio to the same trainings if they had waited for each other after every step.
 - Exposed communication: the median step minus that of the independent ranks. `wait` is the part of it that comes
   after backward. `ranks apart`: how much longer than the mean the slowest rank works at a step, of itself: what waiting
   for each other costs on a machine that is not equally fast everywhere.
@@ -36,7 +37,7 @@ from dist_lars.resources import free_memory
 
 CARRIERS = {"horovod": None, "horovod-gloo": "gloo", "torch": None, "ddp": None, "none": None}  # -> launcher it needs
 COLUMNS = ("ranks", "carrier", "data", "wire", "passes", "images/s", "low", "high", "of 1 rank", "of 1 node",
-           "of ceiling", "c low", "c high", "p99/median", "hours", "node-hours")  # fmt: skip
+           "of ceiling", "c low", "c high", "in step", "p99/median", "hours", "node-hours")  # fmt: skip
 
 
 def make_cases(ranks: Sequence[int], carriers: Sequence[str], wires: Sequence[str], passes: Sequence[int],

@@ -67,13 +67,13 @@ class Measured:
         whole = np.concatenate([block[:, :, own].sum(2) for block in self.blocks], axis=1)
         return 1e3 * float((whole.max(0) - whole.mean(0)).mean())
 
-    def speeds(self) -> np.ndarray:
-        """Images/s of all ranks, one number per round."""
+    def speeds(self, in_step: bool = False) -> np.ndarray:
+        """Images/s of all ranks, one number per round; `in_step`: as if independent ranks waited for each other."""
         images = self.case.ranks * self.batch * self.case.passes
         found = []
         for block in self.blocks:
             whole = block.sum(2)
-            if self.case.carrier == "none":
+            if self.case.carrier == "none" and not in_step:
                 found.append((images / self.case.ranks * whole.shape[1] / whole.sum(1)).sum())
             else:
                 found.append(images * whole.shape[1] / whole.max(0).sum())
@@ -107,6 +107,8 @@ def table(measured: dict[str, Measured], args: argparse.Namespace, hosts: dict[s
         if ceiling is not None and case.carrier != "none":
             ratio = record.ratio(speed, ceiling)
             row |= {"of ceiling": ratio["median"], "c low": ratio["low"], "c high": ratio["high"]}
+            alone = measured[Case(case.ranks, "none", passes=case.passes, data=case.data).key()]
+            row["in step"] = record.ratio(speed, alone.speeds(in_step=True))["median"]
         steps = measured[case.key()].steps()
         row["p99/median"] = float(np.percentile(steps, 99) / np.median(steps))
         if case.carrier != "none" or case.ranks == 1:

@@ -28,6 +28,7 @@ def test_the_slowest_rank_is_the_step():
 def test_independent_ranks_add_up():
     m = measured(Case(2, "none"), [[1.0, 1.0], [2.0, 2.0]])
     assert m.speeds().tolist() == [10 + 5]
+    assert m.speeds(in_step=True).tolist() == [2 * 5]
     assert m.steps() == pytest.approx([2 / 1.5] * 2)  # so long a step of two ranks would do as much
 
 
@@ -52,6 +53,7 @@ def test_efficiencies_are_taken_round_by_round():
     two, four = rows[Case(2, "horovod")], rows[Case(4, "horovod")]
     assert two["of 1 rank"] == 0.5
     assert two["of ceiling"] == two["c low"] == two["c high"] == 0.625
+    assert two["in step"] == 0.625
     assert "of 1 node" not in two
     assert four["of 1 node"] == 0.8
     assert four["of 1 rank"] == 0.4
