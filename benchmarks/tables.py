@@ -84,6 +84,7 @@ def scaling(name: str, command: str) -> str:
             "of the ceiling": _interval(100 * r["of ceiling"], 100 * r["c low"], 100 * r["c high"], " %")
             if "of ceiling" in r
             else "",
+            "in step": _percent(r.get("in step")),
             "p99 / median": r["p99/median"],
         }
         for r in rows
