@@ -1,5 +1,6 @@
 """What this rank may use: its device, its cores, its number format."""
 
+import ctypes
 import os
 import socket
 from collections.abc import Callable
@@ -49,6 +50,20 @@ def has_bf16(device: torch.device) -> bool:
     except OSError:  # not Linux
         return False
     return bool({"avx512_bf16", "amx_bf16", "bf16"} & words)
+
+
+def keep_memory(device: torch.device) -> None:
+    """Let glibc keep what a CPU rank frees, for the next step wants it again; MALLOC_* and GLIBC_TUNABLES win.
+
+    Otherwise every large activation is mapped anew in each step, and each of its pages faults: a sixth of a step of
+    ResNet-18 (docs/decisions/0009).
+    """
+    told = [name for name in os.environ if name == "GLIBC_TUNABLES" or (name.startswith("MALLOC_") and name[-1] == "_")]
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc's alone
+    if device.type == "cpu" and mallopt and not told:
+        mallopt(-4, 0)  # M_MMAP_MAX: large blocks come from the heap, too
+        mallopt(-1, -1)  # M_TRIM_THRESHOLD: its free end is never given back
+        mallopt(-2, 64 * 2**20)  # M_TOP_PAD: it grows by this much
 
 
 def own_cores() -> set[int]:

@@ -1,10 +1,15 @@
 """A rank uses the cores it really has, whoever says so, and never more."""
 
+import platform
+import subprocess
+import sys
+
 import pytest
 import torch
 
 from dist_lars import resources
 from dist_lars.comm import LocalComm
+from tests.conftest import environment
 
 
 class Two(LocalComm):
@@ -81,3 +86,28 @@ def test_quota_is_the_smallest_of_the_groups_that_enclose_us(monkeypatch):
     assert resources.free_memory() == 5120
     files["/sys/fs/cgroup/slurm/job_1/cpu.max"] = files["/sys/fs/cgroup/slurm/cpu.max"] = "max 100000"
     assert resources.cpu_quota() == float("inf")
+
+
+FAULTS = """
+import resource, sys, torch
+from dist_lars.resources import keep_memory
+if sys.argv[1] == "keep":
+    keep_memory(torch.device("cpu"))
+torch.ones(10_000_000), torch.ones(10_000_000)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(10):
+    torch.ones(10_000_000)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif("glibc" not in platform.libc_ver(), reason="another C library")
+@pytest.mark.parametrize(
+    ("word", "variables", "kept"), [("keep", {}, True), ("", {}, False), ("keep", {"MALLOC_TOP_PAD_": "0"}, False)]
+)
+def test_what_a_cpu_rank_frees_is_kept_for_the_next_step(word, variables, kept):
+    """40 MB at a time: without huge pages 10,000 faults each."""
+    done = subprocess.run(
+        [sys.executable, "-c", FAULTS, word], env=environment(**variables), capture_output=True, text=True, check=True
+    )
+    assert (int(done.stdout) < 100) is kept
