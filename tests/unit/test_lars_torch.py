@@ -97,14 +97,18 @@ def test_step_on_cuda_reads_nothing_back(
 @pytest.mark.parametrize("lr_device", ["cpu", "cuda"])
 def test_step_on_cuda_with_the_rate_in_a_tensor_reads_nothing_back(fake_cuda: None, lr_device: str) -> None:
     for keywords in ({}, {"lr_placement": "outside"}, {"adapt": False}, {"clip": True}):
-        LARS(fake_parameters(torch.float32), lr=torch.empty((), device=lr_device), **keywords).step()
+        ps = fake_parameters(torch.float32)
+        LARS(ps, lr=torch.empty((), device=lr_device), **keywords).step()  # reading back raises
+        assert all(p.device.type == "cuda" for p in ps)
 
 
 @pytest.mark.parametrize("adapt", [False, True])
 def test_lamb_on_cuda_reads_nothing_back(fake_cuda: None, adapt: bool) -> None:
-    opt = LAMB(fake_parameters(torch.float32), lr=1.0, adapt=adapt)
+    ps = fake_parameters(torch.float32)
+    opt = LAMB(ps, lr=1.0, adapt=adapt)
     for _ in range(2):
         opt.step()
+    assert all(p.device.type == "cuda" for p in ps)
 
 
 # Layouts and dtypes.

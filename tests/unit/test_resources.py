@@ -93,7 +93,8 @@ import resource, sys, torch
 from dist_lars.resources import keep_memory
 if sys.argv[1] == "keep":
     keep_memory(torch.device("cpu"))
-torch.ones(10_000_000), torch.ones(10_000_000)
+for _ in range(20):  # until the heap is large enough
+    torch.ones(10_000_000)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(10):
     torch.ones(10_000_000)
