@@ -15,7 +15,7 @@ from dist_lars import api, data, engine, inputs
 from dist_lars.cli import load_config
 from dist_lars.metrics import Counts
 from dist_lars.plan import make_plan
-from dist_lars.resources import cores_per_rank, keep_memory, pick_autocast, pick_device, share_cores
+from dist_lars.resources import cores_per_rank, pick_autocast, pick_device, use_cores
 from dist_lars.schedule import lr_at
 
 MICRO, STEPS = 32, 4  # images per rank and step, steps per block
@@ -32,9 +32,7 @@ def main() -> None:
     comm = api.start_ranks(config_of(sources["synthetic"], 1, 1))
     cores = cores_per_rank(comm)
     device = pick_device("auto", comm.local_rank)
-    keep_memory(device)
-    workers, threads = share_cores(cores, device, None)
-    torch.set_num_threads(threads)
+    workers, threads = use_cores(cores, device, None)
     classes = len(inputs.open_sets(config_of(sources["folder"], comm.size, 1), comm).classes)
     configs = {name: config_of(options, comm.size, classes) for name, options in sources.items()}
     streams = {}

@@ -85,6 +85,11 @@ class Measured:
         return {part: 1e3 * float(np.median(every[:, i])) for i, part in enumerate(PARTS)}
 
 
+def ceiling(measured: dict[str, Measured], case: Case) -> Measured | None:
+    """The independent trainings that a case is held against; they have none themselves."""
+    return None if case.carrier == "none" else measured.get(case._replace(carrier="none", wire="fp32").key())
+
+
 def table(measured: dict[str, Measured], args: argparse.Namespace, hosts: dict[str, list[int]]) -> list[dict[str, Any]]:
     """One row per case."""
     speeds = {m.case: m.speeds() for m in measured.values()}
@@ -103,11 +108,9 @@ def table(measured: dict[str, Measured], args: argparse.Namespace, hosts: dict[s
         node = speeds.get(case._replace(ranks=whole)) if whole > 1 else one if case.passes == 1 else None
         if node is not None and case.carrier != "none" and 0 < whole < case.ranks:
             row["of 1 node"] = record.ratio(speed / case.ranks, node / whole)["median"]
-        ceiling = speeds.get(Case(case.ranks, "none", passes=case.passes, data=case.data))
-        if ceiling is not None and case.carrier != "none":
-            ratio = record.ratio(speed, ceiling)
+        if alone := ceiling(measured, case):
+            ratio = record.ratio(speed, speeds[alone.case])
             row |= {"of ceiling": ratio["median"], "c low": ratio["low"], "c high": ratio["high"]}
-            alone = measured[Case(case.ranks, "none", passes=case.passes, data=case.data).key()]
             row["in step"] = record.ratio(speed, alone.speeds(in_step=True))["median"]
         steps = measured[case.key()].steps()
         row["p99/median"] = float(np.percentile(steps, 99) / np.median(steps))
@@ -139,8 +142,7 @@ def split_rows(measured: dict[str, Measured]) -> list[dict[str, Any]]:
         case = m.case
         row = {"case": case.key(), "step ms": 1e3 * float(np.median(m.steps())), **m.parts()}
         row |= {"cpu ms": 1e3 * float(np.median(m.cpu)), "ranks apart ms": m.apart_ms()}
-        alone = measured.get(Case(case.ranks, "none", passes=case.passes, data=case.data).key())
-        if alone is not None and case.carrier != "none":
+        if alone := ceiling(measured, case):
             row["exposed ms"] = row["step ms"] - 1e3 * float(np.median(alone.steps()))
         rows.append(row)
     return rows

@@ -109,7 +109,7 @@ def allreduce() -> str:
 
 def tune() -> str:
     """Each knob of the exchange against our default, side by side."""
-    found = [record.read(name) for name in ("tune_alexnet", "tune_resnet18") if _rows(name)]
+    found = [body for name in ("tune_alexnet", "tune_resnet18") if (body := _record(name))]
     if not found:
         return "Not measured yet: `python -m benchmarks.tune --out comm.yaml`."
     table: dict[tuple[str, str], dict[str, Any]] = {}
@@ -123,11 +123,10 @@ def tune() -> str:
 
 def overlap() -> str:
     """What of ResNet-18's communication is exposed."""
-    try:
-        found = record.read("step_resnet18")["overlap"]
-    except FileNotFoundError:
+    body = _record("step_resnet18")
+    if body is None:
         return "Not measured yet: `python -m benchmarks.step`."
-    shown = {k: v for k, v in found.items() if k not in (step.TOLD, "steps")}
+    shown = {k: v for k, v in body["overlap"].items() if k not in (step.TOLD, "steps")}
     return show.markdown([shown]) + _link("step_resnet18")
 
 
@@ -148,11 +147,16 @@ TABLES: Mapping[str, Callable[[], str]] = {
 }
 
 
-def _rows(name: str) -> list[dict[str, Any]] | None:
+def _record(name: str) -> dict[str, Any] | None:
     try:
-        return record.read(name)["rows"]
+        return record.read(name)
     except FileNotFoundError:
         return None
+
+
+def _rows(name: str) -> list[dict[str, Any]] | None:
+    body = _record(name)
+    return body and body["rows"]
 
 
 def _link(name: str) -> str:

@@ -31,7 +31,7 @@ from dist_lars.config import Config
 from dist_lars.launchers import place_of
 from dist_lars.metrics import Counts
 from dist_lars.plan import make_plan
-from dist_lars.resources import cores_per_rank, keep_memory, pick_autocast, pick_device, share_cores
+from dist_lars.resources import cores_per_rank, pick_autocast, pick_device, use_cores
 from dist_lars.runlog import RunLog
 
 
@@ -192,9 +192,7 @@ def train(job: dict[str, Any], connection: Connection) -> None:
     comm, config = start(job)
     place = place_of(os.environ)
     device = pick_device(config.device, place.local_rank if place else 0)
-    keep_memory(device)
-    workers, threads = share_cores(_cores(comm, place), device, config.data.workers)
-    torch.set_num_threads(threads)
+    workers, threads = use_cores(_cores(comm, place), device, config.data.workers)
     autocast = pick_autocast(config.precision, device)
     sets = inputs.open_sets(config, comm) if job.get("images") else None
     classes = len(sets.classes) if sets else config.data.classes

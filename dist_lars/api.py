@@ -22,7 +22,7 @@ from dist_lars.config import Config, as_flat, from_flat
 from dist_lars.ema import Ema
 from dist_lars.errors import AgreedError, UserError
 from dist_lars.plan import Plan, make_plan
-from dist_lars.resources import cores_per_rank, keep_memory, on_cpu, pick_autocast, pick_device, share_cores
+from dist_lars.resources import cores_per_rank, on_cpu, pick_autocast, pick_device, use_cores
 from dist_lars.run import Result, Run
 from dist_lars.rundir import open_run_dir, resume_path
 
@@ -44,11 +44,9 @@ def train(config: Config, comm: Comm | None = None) -> Result:
     """
     comm = comm or start_ranks(config)
     device = pick_device(config.device, comm.local_rank)
-    keep_memory(device)
     autocast = pick_autocast(config.precision, device)
     cores = cores_per_rank(comm)
-    workers, threads = share_cores(cores, device, config.data.workers)
-    torch.set_num_threads(threads)
+    workers, threads = use_cores(cores, device, config.data.workers)
     torch.backends.cudnn.benchmark = not config.comm.deterministic  # all batches have one shape: trying out pays
     torch.manual_seed(config.seed)
     sets = inputs.open_sets(config, comm, cores)
@@ -191,9 +189,7 @@ def score(
         raise AgreedError(f"batch is {batch} and workers {workers}, but they must be at least 1 and zero or more")
     comm = comm or ranks.LocalComm()
     place = pick_device(device, comm.local_rank)
-    keep_memory(place)
-    cores, threads = share_cores(cores_per_rank(comm), place, workers)
-    torch.set_num_threads(threads)
+    cores, threads = use_cores(cores_per_rank(comm), place, workers)
     index = inputs.open_val(path, comm)
     if isinstance(model, nn.Module):
         net = model

@@ -58,12 +58,12 @@ def keep_memory(device: torch.device) -> None:
     Otherwise every large activation is mapped anew in each step, and each of its pages faults: a sixth of a step of
     ResNet-18 (docs/decisions/0009).
     """
-    told = [name for name in os.environ if name == "GLIBC_TUNABLES" or (name.startswith("MALLOC_") and name[-1] == "_")]
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc's alone
-    if device.type == "cpu" and mallopt and not told:
-        mallopt(-4, 0)  # M_MMAP_MAX: large blocks come from the heap, too
-        mallopt(-1, -1)  # M_TRIM_THRESHOLD: its free end is never given back
-        mallopt(-2, 64 * 2**20)  # M_TOP_PAD: it grows by this much
+    told = any(name == "GLIBC_TUNABLES" or (name.startswith("MALLOC_") and name[-1] == "_") for name in os.environ)
+    if told or device.type != "cpu" or not hasattr(libc := ctypes.CDLL(None), "mallopt"):  # which is glibc's alone
+        return
+    libc.mallopt(-4, 0)  # M_MMAP_MAX: large blocks come from the heap, too
+    libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: its free end is never given back
+    libc.mallopt(-2, 64 * 2**20)  # M_TOP_PAD: it grows by this much
 
 
 def own_cores() -> set[int]:
@@ -141,4 +141,12 @@ def share_cores(cores: int, device: torch.device, workers: int | None) -> tuple[
     if workers is None:
         workers = min(16, cores - 1) if device.type == "cuda" else cores // 4
     threads = int(os.environ.get("OMP_NUM_THREADS") or (1 if device.type == "cuda" else max(1, cores - workers)))
+    return workers, threads
+
+
+def use_cores(cores: int, device: torch.device, workers: int | None) -> tuple[int, int]:
+    """`share_cores`, and from now on this process computes with its share and keeps its memory."""
+    workers, threads = share_cores(cores, device, workers)
+    torch.set_num_threads(threads)
+    keep_memory(device)
     return workers, threads
