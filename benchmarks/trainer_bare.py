@@ -14,12 +14,13 @@ import torch
 
 from dist_lars import comm as ranks
 from dist_lars import models, optim
-from dist_lars.resources import pick_autocast
+from dist_lars.resources import keep_memory, pick_autocast
 
 
 def main(batch: int, steps: int, averaging: str, channels_last: bool) -> None:
     """Forward, backward, averaging and LARS step on one batch that is already there."""
     torch.set_num_threads(1)
+    keep_memory(torch.device("cpu"))
     comm = ranks.LocalComm() if averaging == "none" else ranks.start(cpu=True)
     layout = torch.channels_last if channels_last else torch.contiguous_format
     model = models.build("resnet18", num_classes=320).to(memory_format=layout)  # type: ignore[call-overload]
