@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import re
 import secrets
 import shutil
 import signal
@@ -24,7 +25,10 @@ from typing import IO, Any
 
 ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent  # not resolved: the environment's own bin, where mpirun and horovodrun lie
-SECONDS = 300.0  # for a group to start, or to answer beyond what its work takes
+SECONDS = 300.0  # for a group to start
+PATIENCE = 1800.0  # for an answer: many passes of a large network on a CPU; who ends is noticed at once
+ANY = 10**6  # ranks
+PASSED = re.compile("(HOROVOD_|NCCL_|OMP_|MALLOC_|GLIBC_TUNABLES|DIST_LARS_|LD_LIBRARY_PATH$)")
 
 
 class GroupFailed(RuntimeError):
@@ -37,17 +41,35 @@ def start_words(launcher: str, ranks: int, names: Iterable[str] = (), hosts: str
     `hosts`, as in "host1:4,host2:4", are filled from the first on by mpirun and horovodrun; srun has its allocation.
     """
     if launcher == "srun":
-        per_node = min(ranks, int(os.environ.get("SLURM_NTASKS_PER_NODE") or ranks))
+        per_node = min(ranks, slots(launcher))
         return ["srun", "--overlap", f"--nodes={-(-ranks // per_node)}", f"--ntasks={ranks}",
                 f"--ntasks-per-node={per_node}", f"--mpi={os.environ.get('MPI_TYPE', 'pmix')}", "--gpu-bind=none",
                 "--kill-on-bad-exit=1"]  # fmt: skip
-    passed = [word for name in ("PATH", "PYTHONPATH", "OMP_NUM_THREADS", *names) for word in ("-x", name)]
+    passed = ["PATH", "PYTHONPATH", "OMP_NUM_THREADS", *names, *(name for name in os.environ if PASSED.match(name))]
+    passed = [word for name in dict.fromkeys(passed) for word in ("-x", name)]
     words = {
         "mpirun": [_own("mpirun"), "--bind-to", "none", "--map-by", ":OVERSUBSCRIBE", *passed, "-np"],
         "horovodrun": [_own("horovodrun"), "-np"],
         "gloo": [_own("horovodrun"), "--gloo", "-np"],
     }
     return [*words[launcher], str(ranks), *(["-H", hosts] if hosts else [])]
+
+
+def slots(launcher: str, hosts: str = "") -> int:
+    """How many ranks of a group one host holds at most; without hosts to choose from, this one holds them all."""
+    if launcher == "srun":  # e.g. 4(x2),3
+        told = os.environ.get("SLURM_NTASKS_PER_NODE") or os.environ.get("SLURM_TASKS_PER_NODE", "")
+        return int(re.match("[0-9]*", told)[0] or ANY)  # type: ignore[index]
+    return max(int(host.partition(":")[2] or 1) for host in hosts.split(",")) if hosts else ANY
+
+
+def described(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """What a record tells of a rank: where it computes, how, and with which variables."""
+    names = {
+        "device": "device", "device_name": "device_name", "computes_in": "computes_in", "threads": "threads_per_rank",
+        "workers": "workers_per_rank", "environment": "environment_of_ranks",
+    }  # fmt: skip
+    return {label: facts[name] for name, label in names.items() if name in facts}
 
 
 def _own(name: str) -> str:
@@ -100,13 +122,13 @@ class Group:
         names = [f["host"] for f in self.facts]
         return [names.count(name) for name in dict.fromkeys(names)]
 
-    def do(self, work: Any, seconds: float = 0.0) -> list[Any]:
-        """Let all ranks do `work`, which takes up to `seconds`; their answers in order of rank."""
+    def do(self, work: Any) -> list[Any]:
+        """Let all ranks do `work`; their answers in order of rank."""
         self._signal(signal.SIGCONT)
         try:
             for connection in self.connections.values():
                 connection.send(work)
-            return self._gather(seconds + SECONDS)
+            return self._gather(PATIENCE)
         except (EOFError, OSError) as e:
             raise self._failed("lost a rank") from e
         finally:

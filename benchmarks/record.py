@@ -151,14 +151,18 @@ def _dump(body: Mapping[str, Any]) -> str:
 
 def circumstances() -> dict[str, Any]:
     """Commit, versions, machine and settings; no host names and no paths."""
-    return {"git": _git(), "versions": _versions(), "machine": _machine(), "environment": _environment()}
+    return {"git": _git(), "versions": _versions(), "machine": _machine(), "environment": environment()}
 
 
 def command() -> str:
     """The command line as a user would type it, with the folders taken off absolute paths."""
     module = getattr(sys.modules["__main__"], "__spec__", None)
     program = f"python -m {module.name}" if module else Path(sys.argv[0]).name
-    return " ".join([program, *(_without_folders(a) for a in sys.argv[1:])])
+    words = [_without_folders(a) for a in sys.argv[1:]]
+    if "--hosts" in words[:-1]:
+        at = words.index("--hosts") + 1
+        words[at] = ",".join(re.sub("^[^:]+", f"host{i}", host) for i, host in enumerate(words[at].split(","), 1))
+    return " ".join([program, *words])
 
 
 def _without_folders(text: str) -> str:
@@ -196,7 +200,8 @@ def _machine() -> dict[str, Any]:
     }
 
 
-def _environment() -> dict[str, str]:
+def environment() -> dict[str, str]:
+    """The variables of this process that change what is measured; no names of hosts, no folders."""
     public = {k: v for k, v in os.environ.items() if KNOBS.match(k) and not PRIVATE.search(k)}
     return {k: _without_folders(v) for k, v in sorted(public.items())}
 

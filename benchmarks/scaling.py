@@ -5,18 +5,23 @@
 
 Ranks are started by srun inside an allocation, else by mpirun, on this host or those of `--hosts`, and train through
 the trainer's own engine. All groups live side by side and take turns of a few steps, so that every number of one round
-was taken within seconds of the others; ratios are taken round by round. Definitions:
+was taken within seconds of the others; ratios are taken round by round. Groups that wait for their turn are stopped
+where they run on this host; on others their background threads go on, which costs the one that works some CPU.
+Definitions:
 
 - The slowest rank is the step. images/s = images of all ranks / sum of these steps, without warm-up.
-- Efficiency against 1 rank: images/s(N) / (N x images/s(1)); against 1 node: the same from the largest number of
-  ranks that one host holds. Weak: `--batch` images per rank and pass; strong: `--batch` images over all ranks.
-- Ceiling: N independent trainings at the same time on the same cores, their images/s added up. What a machine loses
-  by sharing memory and power is lost there, too; what is missing to it is communication, and waiting for the slower
-  rank: `in step` is the ratio to the same trainings if they had waited for each other after every step.
+- Of 1 rank: images/s(N) / (N x images/s(1)); of 1 node: images/s per rank over that of the same case on one host,
+  with the most of the measured `--ranks` that one host held. Both are efficiencies where scaling is weak, `--batch`
+  images per rank and pass; where it is strong, `--batch` images over all ranks, the batch of a rank shrinks, too.
+- Of ceiling: against N independent trainings at the same time on the same cores, their images/s added up. What a
+  machine loses by sharing memory and power is lost there, too; what is missing to it is communication, and waiting for
+  the slower rank. In step: against the same trainings if they had waited for each other after every step.
+- Of DDP: against torch's DistributedDataParallel in the same loop.
 - Exposed communication: the median step minus that of the independent ranks. `wait` is the part of it that comes
   after backward. `ranks apart`: how much longer than the mean the slowest rank works at a step, of itself: what waiting
   for each other costs on a machine that is not equally fast everywhere.
-- Intervals: bootstrap of the median over rounds, 95 %. Straggler ratio: 99th percentile of the steps / median.
+- Intervals: bootstrap of the median over rounds, 95 %. p99/median: the 99th percentile of the steps over their median.
+- Hours: of all epochs of the recipe at this speed, without evaluation; node-hours: times the hosts of the case.
 """
 
 from __future__ import annotations
@@ -31,13 +36,10 @@ from typing import Any
 import numpy as np
 
 from benchmarks import record, show
-from benchmarks.group import Group, close_all, in_turn, launcher_at_hand
-from benchmarks.scaling_results import PARTS, Case, Measured, compare, recipe, split_rows, table
-from dist_lars.resources import free_memory
+from benchmarks.group import Group, close_all, described, in_turn, launcher_at_hand, slots
+from benchmarks.scaling_results import PARTS, Case, Measured, compare, recipe, shown, split_rows, table
 
 CARRIERS = {"horovod": None, "horovod-gloo": "gloo", "torch": None, "ddp": None, "none": None}  # -> launcher it needs
-COLUMNS = ("ranks", "carrier", "data", "wire", "passes", "images/s", "low", "high", "of 1 rank", "of 1 node",
-           "of ceiling", "c low", "c high", "in step", "p99/median", "hours", "node-hours")  # fmt: skip
 
 
 def make_cases(ranks: Sequence[int], carriers: Sequence[str], wires: Sequence[str], passes: Sequence[int],
@@ -72,24 +74,24 @@ def main() -> None:
             groups[case.key()] = start_group(args, case)
             if len(groups) == 1:
                 warm_up(groups[case.key()], {"steps": 1, "apart": True}, most=1)
-                check_memory(groups[case.key()], sum(c.ranks for c in cases[1:]))
-        turns = measure(groups, measured, args)
-        facts = next(iter(groups.values())).facts[0]
+                check_memory(groups[case.key()], cases[1:], slots(args.launcher, args.hosts))
+        turns, unsteady = measure(groups, measured, args)
+        facts = groups[max(cases, key=lambda c: (c.carrier == args.carriers[0], c.ranks)).key()].facts[0]
         hosts = {f"{case.ranks} ranks": groups[case.key()].hosts() for case in cases if case.passes == 1}
     finally:
         close_all(list(groups.values()))
     rows, split = table(measured, args, hosts), split_rows(measured)
-    columns = [c for c in COLUMNS if any(row.get(c) is not None for row in rows)]
-    tables = f"{show.markdown(rows, columns)}\n\n{show.markdown(split)}\n"
+    tables = (
+        f"{show.markdown(shown(rows))}\n\nMedian milliseconds of a step:\n\n{show.markdown(split)}\n\n{definitions()}"
+    )
     print(tables)
     raw = {f"{key} rank {r}": np.concatenate([b.sum(2)[r] for b in m.blocks]).tolist()
            for key, m in measured.items() for r in range(m.case.ranks)}  # fmt: skip
     path = record.write(
         args.name or f"scaling_{args.model}", rows, raw, model=args.model, mode=args.mode, batch=args.batch,
-        image_size=args.image_size, rounds=turns, steps_per_round=args.steps, ranks_per_host=hosts,
-        device=facts["device"], computes_in=facts["computes_in"], threads_per_rank=facts["threads"],
-        workers_per_rank=facts["workers"],
-        launcher=args.launcher, options=args.option, recipe=recipe(args), split=split,
+        image_size=args.image_size, rounds=turns, steps_per_round=args.steps, still_warming_up=unsteady,
+        ranks_per_host=hosts, **described(facts), launcher=args.launcher, options=args.option,
+        recipe=recipe(args), split=split,
     )  # fmt: skip
     path.with_suffix(".md").write_text(f"`{record.command()}`\n\n{tables}", encoding="utf-8")
     draw(rows, path.with_suffix(".png"), args)
@@ -118,7 +120,17 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--recipe", help="preset whose epochs are turned into hours (default: by model)")
     parser.add_argument("--name", help="of the record")
     parser.add_argument("--compare", nargs=2, metavar="RECORD", help="two records: what the second one changed")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.launcher == "srun" and "horovod-gloo" in args.carriers:
+        parser.error(
+            "horovod-gloo is started by horovodrun, which knows no allocation: add --launcher horovodrun --hosts"
+        )
+    return args
+
+
+def definitions() -> str:
+    """What the words of the tables mean."""
+    return str(__doc__).partition("Definitions:\n\n")[2]
 
 
 def _list(kind: type, allowed: Any = None) -> Callable[[str], list[Any]]:
@@ -154,29 +166,29 @@ def start_group(args: argparse.Namespace, case: Case) -> Group:
     return Group(job, case.ranks, launcher, args.hosts)
 
 
-def check_memory(one: Group, more: int) -> None:
-    """Refuse what would not fit: all ranks live side by side. `one` has trained; `more` ranks are to come."""
-    if not one.local or one.facts[0]["device"] == "cuda":
-        return  # other hosts have memory of their own
-    status = Path(f"/proc/{one.local[0]}/status").read_text()
-    each = 1024 * int(next(line.split()[1] for line in status.splitlines() if line.startswith("RssAnon")))
-    if more * each > (free := free_memory()):
+def check_memory(one: Group, more: Sequence[Case], slots: int) -> None:
+    """Refuse what would not fit: all groups live side by side. `one` has trained; `more` are to come.
+
+    A host holds up to `slots` ranks of a group, a GPU one of each.
+    """
+    (seen,) = one.do({"memory": True})
+    count = len(more) if one.facts[0]["device"] == "cuda" else sum(min(case.ranks, slots) for case in more)
+    if count * seen["held"] > seen["free"]:
         raise SystemExit(
-            f"{more} more ranks of {each / 1e9:.1f} GB each do not fit into the {free / 1e9:.1f} GB that are free: "
-            f"measure fewer cases in one run, or take a smaller --batch"
+            f"{count} more ranks of {seen['held'] / 1e9:.1f} GB each do not fit into the {seen['free'] / 1e9:.1f} GB "
+            f"that are free: measure fewer cases in one run, or take a smaller --batch"
         )
 
 
-def measure(groups: dict[str, Group], measured: dict[str, Measured], args: argparse.Namespace) -> int:
-    """Warm every group up, then take turns; how many rounds."""
+def measure(groups: dict[str, Group], measured: dict[str, Measured], args: argparse.Namespace) -> tuple[int, list[str]]:
+    """Warm every group up, then take turns; how many rounds, and which groups were not steady when they began."""
     cuda = next(iter(groups.values())).facts[0]["device"] == "cuda"
 
     def work(key: str) -> dict[str, Any]:
         steps = max(1, round(args.steps / measured[key].case.passes))
         return {"steps": steps, "apart": not cuda}
 
-    for key, group in groups.items():
-        warm_up(group, work(key))
+    unsteady = [key for key, group in groups.items() if not warm_up(group, work(key))]
     end = time.monotonic() + args.seconds
     done = in_turn(
         groups, work, args.rounds, lambda key, answer: measured[key].add(answer), lambda: time.monotonic() > end
@@ -186,17 +198,18 @@ def measure(groups: dict[str, Group], measured: dict[str, Measured], args: argpa
             groups, lambda key: {**work(key), "apart": True}, 3,
             lambda key, answer: measured[key].add(answer, apart=True), lambda: False,
         )  # fmt: skip
-    return done
+    return done, unsteady
 
 
-def warm_up(group: Group, work: dict[str, Any], most: int = 4) -> None:
-    """Turns until one is within 5 % of the one before."""
+def warm_up(group: Group, work: dict[str, Any], most: int = 4) -> bool:
+    """Turns until one is within 5 % of the one before; whether `most` were enough."""
     last = float("inf")
     for _ in range(most):
         now = max(sum(sum(step[p] for p in PARTS) for step in steps) for steps in group.do(work))
         if abs(now - last) < 0.05 * now:
-            return
+            return True
         last = now
+    return False
 
 
 def draw(rows: list[dict[str, Any]], path: Path, args: argparse.Namespace) -> None:

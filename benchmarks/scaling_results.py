@@ -16,6 +16,9 @@ PARTS = ("data", "input", "forward", "backward", "wait", "optimizer", "rest")
 RECIPES = {"resnet18": "resnet18_8k", "alexnet": "alexnet_8k", "alexnet_bn": "alexnet_bn_8k", "resnet50": "resnet50_8k"}
 
 
+RATIOS = ("of 1 rank", "of 1 node", "of ceiling", "in step", "of DDP")
+
+
 class Case(NamedTuple):
     """One group: so many ranks, and who carries their gradients (`none`: independent trainings, the ceiling)."""
 
@@ -104,20 +107,42 @@ def table(measured: dict[str, Measured], args: argparse.Namespace, hosts: dict[s
         }  # fmt: skip
         one = speeds.get(Case(1, "none", data=case.data))
         if one is not None and case.carrier != "none" and case.passes == 1:
-            row["of 1 rank"] = record.ratio(speed, case.ranks * one)["median"]
+            row |= ratio("of 1 rank", speed, case.ranks * one)
         node = speeds.get(case._replace(ranks=whole)) if whole > 1 else one if case.passes == 1 else None
         if node is not None and case.carrier != "none" and 0 < whole < case.ranks:
-            row["of 1 node"] = record.ratio(speed / case.ranks, node / whole)["median"]
+            row |= ratio("of 1 node", speed / case.ranks, node / whole)
         if alone := ceiling(measured, case):
-            ratio = record.ratio(speed, speeds[alone.case])
-            row |= {"of ceiling": ratio["median"], "c low": ratio["low"], "c high": ratio["high"]}
-            row["in step"] = record.ratio(speed, alone.speeds(in_step=True))["median"]
+            row |= ratio("of ceiling", speed, speeds[alone.case])
+            row |= ratio("in step", speed, alone.speeds(in_step=True))
+        ddp = speeds.get(case._replace(carrier="ddp"))
+        if ddp is not None and case.carrier not in ("none", "ddp"):
+            row |= ratio("of DDP", speed, ddp)
         steps = measured[case.key()].steps()
         row["p99/median"] = float(np.percentile(steps, 99) / np.median(steps))
         if case.carrier != "none" or case.ranks == 1:
             row |= time_to_end(row["images/s"], args, len(hosts.get(f"{case.ranks} ranks", [1])))
         rows.append(row)
     return rows
+
+
+def ratio(name: str, values: np.ndarray, base: np.ndarray) -> dict[str, float]:
+    """values / base, round by round: the median under `name`, its interval under `name low` and `name high`."""
+    seen = record.ratio(values, base)
+    return {name: seen["median"], f"{name} low": seen["low"], f"{name} high": seen["high"]}
+
+
+def shown(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows as people read them: with intervals in their cells, and without columns that say nothing."""
+    what = ["ranks", "carrier", *(k for k in ("data", "wire", "passes") if len({r[k] for r in rows}) > 1)]
+    cells = []
+    for r in rows:
+        cell = {k: r[k] for k in what} | {"images/s": f"{r['images/s']:.1f} ({r['low']:.1f} to {r['high']:.1f})"}
+        for name in RATIOS:
+            if any(name in other for other in rows):
+                values = [100 * r[f"{name}{end}"] for end in ("", " low", " high")] if name in r else []
+                cell[name] = "{:.1f} % ({:.1f} to {:.1f})".format(*values) if values else ""
+        cells.append(cell | {"p99/median": r["p99/median"]} | {k: r[k] for k in ("hours", "node-hours") if k in r})
+    return cells
 
 
 def time_to_end(speed: float, args: argparse.Namespace, nodes: int) -> dict[str, float]:
@@ -149,8 +174,14 @@ def split_rows(measured: dict[str, Measured]) -> list[dict[str, Any]]:
 
 
 def compare(before: dict[str, Any], after: dict[str, Any]) -> list[dict[str, Any]]:
-    """Cases that both records have: images/s of each, and their ratio with what the intervals leave possible."""
+    """Cases that both records have: images/s of each, their ratio with what the intervals leave possible, efficiencies.
+
+    Two machines or number formats may be compared; other work may not.
+    """
     rows = []
+    if unlike := [k for k in ("model", "mode", "batch", "image_size") if before.get(k) != after.get(k)]:
+        told = ", ".join(f"{k} {before.get(k)} and {after.get(k)}" for k in unlike)
+        raise SystemExit(f"the two records are of different work ({told}): nothing to compare")
     what = ("ranks", "carrier", "data", "wire", "passes")
     old = {tuple(row[k] for k in what): row for row in before["rows"]}
     for row in after["rows"]:
@@ -161,6 +192,8 @@ def compare(before: dict[str, Any], after: dict[str, Any]) -> list[dict[str, Any
                 {
                     **dict(zip(what, key, strict=True)), "before": a["images/s"], "after": b["images/s"],
                     "ratio": b["images/s"] / a["images/s"], "low": b["low"] / a["high"], "high": b["high"] / a["low"],
+                    **{f"{name} {when}": r[name] for name in RATIOS if name in a and name in b
+                       for when, r in (("before", a), ("after", b))},
                 }
             )  # fmt: skip
     if not rows:

@@ -5,7 +5,9 @@
 1. The parts of a step, of one rank alone and of `--ranks` ranks by Horovod.
 2. Every layer: seconds forward and backward, parameters, one rank (for predictions of larger machines).
 3. Overlap, from Horovod's own timeline (HOROVOD_TIMELINE) of rank 0: when the all-reduce of each bucket ran. What is
-   not through when backward ends is exposed. Beside it the same buckets with nothing else to do (stand-alone).
+   not through when the last rank's backward ends is exposed; until then the others wait for that rank (`ranks apart`),
+   which no network could change. Beside it the same buckets with nothing else to do (stand-alone). Hosts' clocks are
+   compared: over several hosts they must agree to a millisecond.
 """
 
 from __future__ import annotations
@@ -19,10 +21,10 @@ from typing import Any
 import numpy as np
 
 from benchmarks import record, show
-from benchmarks.group import Group, launcher_at_hand
+from benchmarks.group import Group, described, launcher_at_hand
 from benchmarks.scaling_results import PARTS
 
-TOLD = "ms from the end of backward"  # [bucket, begin, end] of the first steps
+TOLD = "ms from the last rank's end of backward"  # [bucket, begin, end] of the first steps
 
 
 def main() -> None:
@@ -37,21 +39,23 @@ def main() -> None:
     parser.add_argument("--launcher", choices=("mpirun", "horovodrun", "srun"), default=launcher_at_hand())
     parser.add_argument("--name", help="of the record")
     args = parser.parse_args()
-    parts = {"1 rank": run_parts(args, 1, "none")}
-    layers = parts["1 rank"].pop("layers")
-    rows = [{"case": "1 rank alone", **median_parts(parts["1 rank"]["steps"])}]
+    alone = run_parts(args, 1, "none")
+    found = {"1 rank alone": alone}
     extra: dict[str, Any] = {}
     if args.ranks > 1:
-        found = run_parts(args, args.ranks, "horovod")
-        rows.append({"case": f"{args.ranks} ranks, Horovod", **median_parts(found["steps"])})
-        extra["overlap"] = overlap(found["timeline"], found["backward_ended"], found["standalone"])
-        print(show.markdown([{k: v for k, v in extra["overlap"].items() if k != TOLD}]))
+        many = found[f"{args.ranks} ranks, Horovod"] = run_parts(args, args.ranks, "horovod")
+        extra["overlap"] = overlap(many["timeline"], many["backward_ended"], many["standalone"])
+        extra["ranks_per_host"] = many["hosts"]
+        print(show.markdown([{k: v for k, v in extra["overlap"].items() if not isinstance(v, list)}]))
+    rows = [{"case": case, **median_parts(run["steps"])} for case, run in found.items()]
+    raw = {f"{case}, rank {r}": [sum(step[p] for p in PARTS) for step in steps]
+           for case, run in found.items() for r, steps in enumerate(run["steps"])}  # fmt: skip
     print(show.markdown(rows))
-    print(show.markdown(sorted(layers, key=lambda r: -r["backward ms"])[:10]))
+    print(show.markdown(sorted(alone["layers"], key=lambda r: -r["backward ms"])[:10]))
     name = args.name or f"step_{args.model}"
-    path = record.write(name, rows, {}, model=args.model, batch=args.batch, image_size=args.image_size,
-                        computes_in=parts["1 rank"]["computes_in"], options=args.option, layers=layers,
-                        **extra)  # fmt: skip
+    path = record.write(name, rows, raw, model=args.model, batch=args.batch, image_size=args.image_size,
+                        ranks=args.ranks, launcher=args.launcher, options=args.option,
+                        **described(found[next(reversed(found))]), layers=alone["layers"], **extra)  # fmt: skip
     print(f"wrote {path.name} to benchmarks/records")
 
 
@@ -66,13 +70,15 @@ def run_parts(args: argparse.Namespace, ranks: int, carrier: str) -> dict[str, A
         group = Group({**job, "timeline": str(timeline)}, ranks, args.launcher, HOROVOD_TIMELINE="DYNAMIC")
         try:
             group.do({"steps": 4})
-            found: dict[str, Any] = {"steps": group.do({"steps": args.steps}), **group.facts[0]}
+            found: dict[str, Any] = {
+                "steps": group.do({"steps": args.steps}), "hosts": group.hosts(), **group.facts[0]
+            }  # fmt: skip
             if ranks == 1:
                 found["layers"] = group.do({"steps": 5, "layers": True})[0]
             else:
-                found["standalone"] = np.max(group.do({"steps": 0, "standalone": 10}), axis=0).tolist()
-                watched = group.do({"steps": args.steps, "timeline": True})[0]
-                found["backward_ended"] = [step["ended"] for step in watched]
+                found["standalone"] = np.max(group.do({"standalone": 10}), axis=0).tolist()
+                watched = group.do({"steps": args.steps, "timeline": True})
+                found["backward_ended"] = [[step["ended"] for step in rank] for rank in watched]
                 found["timeline"] = read_timeline(timeline)
         finally:
             group.close()
@@ -112,31 +118,38 @@ def spans(events: list[dict[str, Any]]) -> list[tuple[str, str, float, float]]:
     return sorted(found, key=lambda s: s[2])
 
 
-def overlap(events: list[dict[str, Any]], backward_ended: list[float], standalone: list[float]) -> dict[str, Any]:
+def overlap(events: list[dict[str, Any]], backward_ended: list[list[float]], standalone: list[float]) -> dict[str, Any]:
     """Milliseconds of all-reduces per step: in all, after backward (exposed), stand-alone; medians over steps.
 
-    Every bucket is all-reduced once in each step, so its n-th time is that of the n-th step.
+    `backward_ended` [rank][step] are seconds since the epoch. Every bucket is all-reduced once in each step, so its
+    n-th time is that of the n-th step.
     """
     reduced: dict[str, list[tuple[float, float]]] = {}
     for name, what, begin, end in spans(events):
         if what == "ALLREDUCE" and ".gradients." in name:
             reduced.setdefault(name.removeprefix("allreduce."), []).append((begin, end))
-    wrong = {name: len(times) for name, times in reduced.items() if len(times) != len(backward_ended)}
+    by_step = np.array(backward_ended).T
+    wrong = {name: len(times) for name, times in reduced.items() if len(times) != len(by_step)}
     if wrong or not reduced:
-        raise SystemExit(f"the timeline tells of {wrong or 'no'} all-reduces in {len(backward_ended)} steps")
+        raise SystemExit(f"the timeline tells of {wrong or 'no'} all-reduces in {len(by_step)} steps")
     total, exposed, told = [], [], []
-    for step, ended in enumerate(backward_ended):
+    for step, ended in enumerate(by_step.max(1).tolist()):
         mine = {name: times[step] for name, times in sorted(reduced.items())}
         total.append(sum(end - begin for begin, end in mine.values()))
         exposed.append(max(0.0, max(end for _, end in mine.values()) - ended))
         told.append([[n, round(1e3 * (b - ended), 2), round(1e3 * (e - ended), 2)] for n, (b, e) in mine.items()])
     alone = float(np.median(standalone))
+    share = record.summary(np.array(exposed) / alone)
     return {
         "steps": len(total),
         "all-reduce ms": 1e3 * float(np.median(total)),
         "exposed ms": 1e3 * float(np.median(exposed)),
         "stand-alone ms": 1e3 * alone,
-        "exposed / stand-alone": float(np.median(exposed)) / alone,
+        "exposed / stand-alone": share["median"],
+        "low": share["low"],
+        "high": share["high"],
+        "ranks apart ms": 1e3 * float(np.median(np.ptp(by_step, axis=1))),
+        "exposed ms of every step": [round(1e3 * seconds, 2) for seconds in exposed],
         TOLD: told[:3],
     }
 

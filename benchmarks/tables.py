@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks import record, show, step
+from benchmarks import record, show
+from benchmarks.scaling_results import shown
 
 README = Path(__file__).parent.parent / "README.md"
 MARKS = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.S)
@@ -74,22 +75,12 @@ def scaling(name: str, command: str) -> str:
     if rows is None:
         return f"Not measured yet: `python -m benchmarks.scaling {command}`."
     who = {"none": "independent (ceiling)", "ddp": "torch's DDP", "torch": "our reducer on torch.distributed"}
-    table = show.markdown(
-        {
-            "ranks": r["ranks"],
-            "gradients by": "-" if r["ranks"] == 1 else who.get(r["carrier"], r["carrier"].capitalize()),
-            **({"wire": r["wire"], "passes": r["passes"]} if name in ("scaling_wire", "scaling_passes") else {}),
-            "images/s": _interval(r["images/s"], r["low"], r["high"]),
-            "of 1 rank": _percent(r.get("of 1 rank")),
-            "of the ceiling": _interval(100 * r["of ceiling"], 100 * r["c low"], 100 * r["c high"], " %")
-            if "of ceiling" in r
-            else "",
-            "in step": _percent(r.get("in step")),
-            "p99 / median": r["p99/median"],
-        }
-        for r in rows
-    )
-    return table + _link(name)
+    table = []
+    for cells in shown(rows):
+        carrier = "-" if cells["ranks"] == 1 else cells["carrier"]
+        cells["carrier"] = who.get(carrier, carrier.capitalize())
+        table.append({k: v for k, v in cells.items() if k not in ("hours", "node-hours")})
+    return show.markdown(table) + _link(name, "json", "md", "png")
 
 
 def allreduce() -> str:
@@ -126,8 +117,8 @@ def overlap() -> str:
     body = _record("step_resnet18")
     if body is None:
         return "Not measured yet: `python -m benchmarks.step`."
-    shown = {k: v for k, v in body["overlap"].items() if k not in (step.TOLD, "steps")}
-    return show.markdown([shown]) + _link("step_resnet18")
+    cells = {k: v for k, v in body["overlap"].items() if k != "steps" and not isinstance(v, list)}
+    return show.markdown([cells]) + _link("step_resnet18")
 
 
 TABLES: Mapping[str, Callable[[], str]] = {
@@ -159,16 +150,10 @@ def _rows(name: str) -> list[dict[str, Any]] | None:
     return body and body["rows"]
 
 
-def _link(name: str) -> str:
-    return f"\n\n([record](benchmarks/records/{name}.json))"
-
-
-def _interval(middle: float, low: float, high: float, unit: str = "") -> str:
-    return f"{middle:.1f}{unit} ({low:.1f} to {high:.1f})"
-
-
-def _percent(share: float | None) -> str:
-    return "" if share is None else f"{100 * share:.1f} %"
+def _link(name: str, *kinds: str) -> str:
+    words = {"json": "record", "md": "table", "png": "plot"}
+    links = [f"[{words[kind]}](benchmarks/records/{name}.{kind})" for kind in kinds or ("json",)]
+    return f"\n\n({', '.join(links)})"
 
 
 def _size(mb: float) -> str:

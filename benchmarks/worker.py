@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks import worker_parts
+from benchmarks import record, worker_parts
 from benchmarks.group import die_with_parent
 from benchmarks.scaling_results import PARTS
 from dist_lars import api, data, engine, inputs
@@ -31,6 +31,7 @@ from dist_lars.config import Config
 from dist_lars.launchers import place_of
 from dist_lars.metrics import Counts
 from dist_lars.plan import make_plan
+from dist_lars.reducer import Reducer
 from dist_lars.resources import cores_per_rank, pick_autocast, pick_device, use_cores
 from dist_lars.runlog import RunLog
 
@@ -76,8 +77,8 @@ class Turns:
 
     def begin(self) -> None:
         """Wait for a turn; a request without steps is answered on the spot."""
-        while "standalone" in (work := self._told()):
-            self.connection.send(worker_parts.standalone(self.job.reducer, work["standalone"]))  # type: ignore[arg-type]
+        while "steps" not in (work := self._told()):
+            self.connection.send(worker_parts.answer(self.job, work))
         self.left, self.watch.apart, self.steps = work["steps"], work.get("apart", True), []
         self.answer = lambda: self.steps
         if work.get("timeline"):
@@ -133,11 +134,13 @@ class MarkedCounts(Counts):
 
 
 class Ddp:
-    """torch's DistributedDataParallel in the place of our reducer: it averages by itself, inside backward."""
+    """torch's DistributedDataParallel in the place of our reducer, `ours`: it averages by itself, inside backward."""
 
     ranks = 1  # what the loss is divided by for it
 
-    def __init__(self, model: nn.Module, bucket_mb: float, place: torch.device) -> None:
+    def __init__(self, model: nn.Module, ours: Reducer, bucket_mb: float, place: torch.device) -> None:
+        for hook in ours.hooks:  # it would copy every gradient once more
+            hook.remove()
         self.model = nn.parallel.DistributedDataParallel(
             model, device_ids=[place.index] if place.type == "cuda" else None, bucket_cap_mb=bucket_mb,
             broadcast_buffers=False, gradient_as_bucket_view=True,
@@ -208,7 +211,7 @@ def train(job: dict[str, Any], connection: Connection) -> None:
     watch = Watch(synchronize)
     model, reducer = made.model, made.reducer
     if job["carrier"] == "ddp":
-        reducer = Ddp(made.model, config.comm.bucket_mb, device)  # type: ignore[assignment]
+        reducer = Ddp(made.model, made.reducer, config.comm.bucket_mb, device)  # type: ignore[arg-type, assignment]
         model = reducer.model  # type: ignore[union-attr]
     marked = engine.Job(**{**vars(made), "model": model, "reducer": reducer})
     put_marks(marked, watch)
@@ -220,9 +223,7 @@ def train(job: dict[str, Any], connection: Connection) -> None:
     )
     turns = Turns(connection, marked, watch, job.get("timeline", ""))
     number = "float32" if autocast is None else str(autocast).removeprefix("torch.")
-    connection.send(
-        {**facts(), "device": device.type, "computes_in": number, "threads": threads, "workers": workers}
-    )  # fmt: skip
+    connection.send({**facts(device), "computes_in": number, "threads": threads, "workers": workers})
     turns.begin()
     log = RunLog(None, tensorboard=False, progress=False)
     engine.train(marked, timed(stream, watch), 0, MarkedCounts(device, watch), log, 10**9, turns)
@@ -273,9 +274,11 @@ def same_batch(config: Config, device: torch.device) -> Iterator[engine.Batch]:
         yield batch
 
 
-def facts() -> dict[str, Any]:
-    """Who answers."""
-    return {"host": socket.gethostname(), "pid": os.getpid()}
+def facts(device: torch.device) -> dict[str, Any]:
+    """Who answers, on what, and with which of the variables that matter, our defaults among them."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    return {"host": socket.gethostname(), "pid": os.getpid(), "device": device.type, "device_name": name,
+            "environment": record.environment()}  # fmt: skip
 
 
 def main() -> None:

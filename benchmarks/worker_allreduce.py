@@ -23,7 +23,7 @@ def reduce_sizes(job: dict[str, Any], connection: Connection) -> None:
     torch.set_num_threads(1)
     rank, size, reduce = CARRIERS[job["carrier"]](job["device"] == "cpu")
     device = torch.device("cpu") if job["device"] == "cpu" else torch.device("cuda", torch.cuda.current_device())
-    connection.send({**facts(), "device": device.type})
+    connection.send(facts(device))
     while (work := connection.recv()) is not None:
         flat = torch.arange(work["elements"], dtype=torch.float32, device=device).remainder_(1000).add_(rank)
         reduce(flat)

@@ -1,16 +1,19 @@
-"""What `benchmarks.step` asks of a training rank beside its steps: layers, stand-alone all-reduces, a timeline."""
+"""What is asked of a training rank beside its steps: layers, stand-alone all-reduces, a timeline, its memory."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from dist_lars.engine import Job
 from dist_lars.reducer import Reducer
+from dist_lars.resources import free_memory
 
 
 class Layers:
@@ -67,6 +70,26 @@ class Layers:
              **{f"{what} ms": 1e3 * s / self.steps for what, s in seconds.items()}}
             for name, seconds in self.seconds.items() if any(seconds.values())
         ]  # fmt: skip
+
+
+def answer(job: Job, work: dict[str, Any]) -> Any:
+    """To a request without steps."""
+    if "standalone" in work:
+        assert job.reducer is not None
+        return standalone(job.reducer, work["standalone"])
+    return memory(next(job.model.parameters()).device)
+
+
+def memory(device: torch.device) -> dict[str, float]:
+    """Bytes that this rank holds where it computes, and those that are free there."""
+    if device.type == "cuda":
+        return {
+            "held": float(torch.cuda.max_memory_reserved(device)),
+            "free": float(torch.cuda.mem_get_info(device)[0]),
+        }
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    held = 1024 * int(next(line.split()[1] for line in status.splitlines() if line.startswith("RssAnon")))
+    return {"held": float(held), "free": free_memory()}
 
 
 def standalone(reducer: Reducer, repeat: int) -> list[float]:

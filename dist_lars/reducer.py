@@ -41,9 +41,7 @@ class Reducer:
         self.buckets = _fill_buckets([p for p in parameters if p.requires_grad], bucket_mb * 1e6)
         self.sent: list[tuple[Any, torch.Tensor, torch.Tensor]] = []  # handle, gradients, what travels
         self.last_pass = False
-        for bucket in self.buckets:
-            for p in bucket.parameters:
-                p.register_post_accumulate_grad_hook(self._hook(bucket))
+        self.hooks = [p.register_post_accumulate_grad_hook(self._hook(b)) for b in self.buckets for p in b.parameters]
 
     def _hook(self, bucket: "_Bucket") -> Callable[[torch.Tensor], None]:
         def arrived(p: torch.Tensor) -> None:

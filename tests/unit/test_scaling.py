@@ -1,13 +1,13 @@
 """What the scaling benchmarks compute from their times: speeds, efficiencies, fits, overlap, choices, tables."""
 
 import argparse
-import os
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
-from benchmarks import allreduce, scaling, step, tables, tune
+from benchmarks import allreduce, group, scaling, step, tables, tune, worker_parts
 from benchmarks.scaling_results import PARTS, Case, Measured
 
 
@@ -45,6 +45,7 @@ def test_efficiencies_are_taken_round_by_round():
         Case(1, "none"): ([[1.0]], [[2.0]]),
         Case(2, "none"): ([[1.25], [1.25]], [[2.5], [2.5]]),
         Case(2, "horovod"): ([[2.0], [1.9]], [[4.0], [3.9]]),
+        Case(2, "ddp"): ([[2.5], [2.0]], [[5.0], [3.0]]),
         Case(4, "horovod"): ([[2.5]] * 4, [[5.0]] * 4),
     }
     found = {case.key(): measured(case, *blocks) for case, blocks in runs.items()}
@@ -52,8 +53,10 @@ def test_efficiencies_are_taken_round_by_round():
     rows = {Case(r["ranks"], r["carrier"]): r for r in scaling.table(found, ARGS, hosts)}
     two, four = rows[Case(2, "horovod")], rows[Case(4, "horovod")]
     assert two["of 1 rank"] == 0.5
-    assert two["of ceiling"] == two["c low"] == two["c high"] == 0.625
+    assert two["of ceiling"] == two["of ceiling low"] == two["of ceiling high"] == 0.625
     assert two["in step"] == 0.625
+    assert two["of DDP"] == two["of DDP low"] == 1.25
+    assert "of DDP" not in rows[Case(2, "ddp")]
     assert "of 1 node" not in two
     assert four["of 1 node"] == 0.8
     assert four["of 1 rank"] == 0.4
@@ -82,24 +85,75 @@ def test_strong_scaling_shares_one_batch():
         scaling.batch_of(args, Case(3, "horovod"))
 
 
-def test_what_would_not_fit_into_memory_is_refused(monkeypatch):
+def test_what_would_not_fit_into_memory_is_refused():
     """After the first rank has trained: all of them live side by side, and Linux would kill some in the middle."""
-    one = SimpleNamespace(local=[os.getpid()], facts=[{"device": "cpu"}])
-    monkeypatch.setattr(scaling, "free_memory", lambda: 3e9)
-    scaling.check_memory(one, 1)
-    with pytest.raises(SystemExit, match=r"900 more ranks of 0\.\d GB each do not fit into the 3\.0 GB"):
-        scaling.check_memory(one, 900)
+
+    def one(device):
+        return SimpleNamespace(do=lambda _: [{"held": 1e9, "free": 5e9}], facts=[{"device": device}])
+
+    more = [Case(8, "horovod"), Case(2, "none")]
+    scaling.check_memory(one("cpu"), more, slots=3)  # of each group on one host
+    with pytest.raises(SystemExit, match=r"10 more ranks of 1\.0 GB each do not fit into the 5\.0 GB"):
+        scaling.check_memory(one("cpu"), more, slots=8)
+    scaling.check_memory(one("cuda"), more, slots=8)  # one rank of each group on a GPU
+    with pytest.raises(SystemExit, match=r"6 more ranks"):
+        scaling.check_memory(one("cuda"), more * 3, slots=8)
+
+
+def test_a_rank_knows_what_it_holds():
+    held = worker_parts.memory(torch.device("cpu"))
+    kept = np.ones(50_000_000 // 8)
+    assert worker_parts.memory(torch.device("cpu"))["held"] - held["held"] > 0.8 * kept.nbytes
+    assert held["free"] > 0
+
+
+def test_ranks_of_a_host(monkeypatch):
+    for name in ("SLURM_NTASKS_PER_NODE", "SLURM_TASKS_PER_NODE"):
+        monkeypatch.delenv(name, raising=False)
+    assert group.slots("mpirun") == group.slots("srun") == group.ANY
+    assert group.slots("mpirun", "a:4,b:8,c") == 8
+    monkeypatch.setenv("SLURM_TASKS_PER_NODE", "4(x2),3")
+    assert group.slots("srun") == 4
+    words = group.start_words("srun", 8)
+    assert {"--nodes=2", "--ntasks=8", "--ntasks-per-node=4"} <= set(words)
+
+
+def test_settings_reach_other_hosts(monkeypatch):
+    monkeypatch.setenv("NCCL_SOCKET_IFNAME", "ib0")
+    words = group.start_words("mpirun", 2, ["MINE"], "a:1,b:1")
+    given = [words[i + 1] for i, word in enumerate(words) if word == "-x"]
+    assert {"PATH", "NCCL_SOCKET_IFNAME", "MINE"} <= set(given)
+    assert len(given) == len(set(given))
+    assert words[-2:] == ["-H", "a:1,b:1"]
+
+
+def test_warm_up_ends_when_two_turns_agree():
+    turns = iter([9.0, 5.0, 5.1, 1.0])
+    one = SimpleNamespace(do=lambda _: [[dict.fromkeys(PARTS, next(turns))]])
+    assert scaling.warm_up(one, {"steps": 1})
+    assert next(turns) == 1.0
+    turns = iter([9.0, 5.0, 9.0, 5.0])
+    assert not scaling.warm_up(one, {"steps": 1})
+
+
+def test_what_the_words_mean_stands_beside_the_numbers():
+    for word in ("Of 1 rank", "1 node", "Of ceiling", "In step", "Of DDP", "p99/median", "Hours"):
+        assert word in scaling.definitions()
 
 
 def test_two_records_are_compared_case_by_case():
     def of(speed):
         base = {"ranks": 2, "carrier": "horovod", "data": "synthetic", "wire": "fp32", "passes": 1}
-        return {"rows": [{**base, "images/s": speed, "low": speed - 1, "high": speed + 1}]}
+        row = {**base, "images/s": speed, "low": speed - 1, "high": speed + 1, "of ceiling": speed / 20}
+        return {"model": "resnet18", "rows": [row]}
 
     (row,) = scaling.compare(of(10.0), of(12.0))
     assert (row["ratio"], row["low"], row["high"]) == (1.2, 11 / 11, 13 / 9)
+    assert (row["of ceiling before"], row["of ceiling after"]) == (0.5, 0.6)
+    with pytest.raises(SystemExit, match="different work .model resnet18 and alexnet"):
+        scaling.compare(of(10.0), {**of(12.0), "model": "alexnet"})
     with pytest.raises(SystemExit, match="no case in common"):
-        scaling.compare(of(10.0), {"rows": [{**of(1.0)["rows"][0], "ranks": 3}]})
+        scaling.compare(of(10.0), {"model": "resnet18", "rows": [{**of(1.0)["rows"][0], "ranks": 3}]})
 
 
 def test_latency_and_bandwidth_are_found_again():
@@ -133,13 +187,14 @@ def test_what_runs_after_backward_has_ended_is_exposed():
         ("gradients.0", 1e3, 5e3), ("notes", 2e3, 9e3), ("gradients.1", 11e3, 14e3),
         ("gradients.0", 1001e3, 1005e3), ("gradients.1", 1011e3, 1014e3),
     )  # fmt: skip
-    found = step.overlap(events, [7.010, 8.010], standalone=[0.010])
+    found = step.overlap(events, [[7.010, 8.002], [7.004, 8.010]], standalone=[0.010])
     assert found["steps"] == 2
     assert found["all-reduce ms"] == pytest.approx(7.0)
     assert found["exposed ms"] == pytest.approx(4.0)
     assert found["exposed / stand-alone"] == pytest.approx(0.4)
+    assert found["ranks apart ms"] == pytest.approx(7.0)  # waiting for the last rank is no communication
     with pytest.raises(SystemExit, match="'gradients.0': 2, 'gradients.1': 2"):
-        step.overlap(events, [7.010], standalone=[0.010])
+        step.overlap(events, [[7.010], [7.010]], standalone=[0.010])
 
 
 def test_a_knob_is_turned_only_for_a_sure_gain():
