@@ -51,14 +51,14 @@ test-hosts: install  ## train over hosts of their own (network namespaces, as ro
 test-docker: install  ## build the image and try it out; without an engine by buildah, as root (its layers are kept)
 	python -m pytest -m docker tests/docker $(ARGS)
 
-test-studies: install  ## run small studies: kill and continue them, share them, on ranks (seven minutes)
-	python -m pytest -m studies tests/launch/test_study.py $(ARGS)
+test-studies: install  ## run small benchmarks and studies: kill and continue them, share them, on ranks (ten minutes)
+	python -m pytest -m studies tests/launch/test_benchmarks.py tests/launch/test_study.py $(ARGS)
 
 test-install: install  ## build Horovod by other compilers, CMakes and MPIs (ten minutes)
 	python -m pytest -m install $(ARGS)
 
 study: install  ## LARS against SGD on handwritten digits, with tables and plots, in minutes (STUDY=FILE ARGS="--data.path DIR")
-	python -m benchmarks.study $(STUDY) --workers $(NP) $(ARGS)
+	python -m benchmarks.study $(STUDY) --workers $(NP) --records runs/studies $(ARGS)
 
 check: install  ## formatting, lint, spelling, types, and the tests that need one process
 	ruff format --check .

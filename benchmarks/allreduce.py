@@ -35,6 +35,8 @@ def main() -> None:
     parser.add_argument("--name", default="allreduce", help="of the record")
     args = parser.parse_args()
     known = [c for c in CARRIERS if args.device == "cpu" or c in ("horovod", "torch")]
+    if args.launcher == "srun":  # horovodrun, which horovod-gloo needs, knows no allocation
+        known = [c for c in known if c not in LAUNCHER]
     carriers = args.carriers.split(",") if args.carriers else known
     if set(carriers) - set(known):
         parser.error(f"--carriers {args.carriers}: choose from {', '.join(known)}")

@@ -101,6 +101,7 @@ def write(study: Study, store: Store) -> str:
         "## Top-1 accuracy, %",
         _main(results),
         *([] if not (table := _comparisons(results)) else ["## Differences", table]),
+        *([] if not (table := _losses(results)) else [f"## Against the smallest {study.report['x']}", table]),
         "## Runs",
         _details(results),
         *([] if not study.select else ["## How the learning rates were chosen", _rates(results)]),
@@ -166,7 +167,8 @@ def _comparisons(results: Results) -> str:
     rows = []
     for group in study_grid.groups(study) if reference else []:
         ours = next(cell for cell in group if cell.labels[study.series] == reference)
-        others = {tuple(run["id"] for run in results.of(cell)): cell for cell in group if cell is not ours}
+        others = {tuple(run["id"] for run in results.of(cell)): cell for cell in group}
+        others.pop(tuple(run["id"] for run in results.of(ours)))  # also under another name
         for runs, other in others.items():  # arms that share their runs are one comparison, not two
             alike = [c for c in group if tuple(run["id"] for run in results.of(c)) == runs]
             test = welch(results.top1(ours), results.top1(other))
@@ -176,13 +178,29 @@ def _comparisons(results: Results) -> str:
                         **{k: v for k, v in other.labels.items() if k != study.series},
                         "steps per epoch": _steps(other),
                         "difference": f"{reference} - {' = '.join(c.labels[study.series] for c in alike)}",
-                        "points": round(test.difference, 2),
-                        "95 % interval": f"{test.low:.2f} to {test.high:.2f}",
+                        **_points(test),
                         "p": test.p,
                     }
                 )
     for row, corrected in zip(rows, holm([row["p"] for row in rows]), strict=True):
         row["p, Holm"], row["p"] = f"{corrected:.2g}", f"{row['p']:.2g}"
+    return show.markdown(rows) if rows else ""
+
+
+def _points(test: Any) -> dict[str, Any]:
+    return {"points": round(test.difference, 2), "95 % interval": f"{test.low:.2f} to {test.high:.2f}"}
+
+
+def _losses(results: Results) -> str:
+    """What every series loses from the first value of the x axis, in order, to each other one."""
+    study, x = results.study, results.study.report.get("x")
+    rows, first = [], {}
+    for cell in sorted(results.cells, key=lambda c: study_plots.order(study, c)) if x else []:
+        rest = tuple(v for k, v in cell.labels.items() if k != x)
+        base = first.setdefault(rest, cell)
+        test = welch(results.top1(cell), results.top1(base)) if base is not cell else None
+        if test:
+            rows.append({**cell.labels, "steps per epoch": _steps(cell), "against": base.labels[x], **_points(test)})
     return show.markdown(rows) if rows else ""
 
 

@@ -6,7 +6,10 @@
 One knob at a time, beginning with the defaults: all values of a knob train side by side in turns, the fastest stays and
 the next knob is tried with it. A value must be faster by more than its interval leaves open, or the default stays: a
 knob that changes nothing here is left alone. `--wire` also tries 16-bit gradients, which change the sums, so they are
-never chosen without being asked for.
+never chosen without being asked for. In the rows, `default` is what was chosen for the knobs before.
+
+Horovod's own autotuner (HOROVOD_AUTOTUNE) is not used: it changes its knobs in the middle of a training, knows nothing
+of our buckets, and has no interval, so that on a noisy machine it settles on noise.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ from typing import Any
 import yaml
 
 from benchmarks import record, show
-from benchmarks.group import Group, close_all, in_turn, launcher_at_hand
+from benchmarks.group import Group, close_all, described, in_turn, launcher_at_hand
 from benchmarks.scaling import warm_up
 from benchmarks.scaling_results import Case, Measured
 from dist_lars.checkpoint import write_aside
@@ -51,26 +54,29 @@ def main() -> None:
     grid = {knob: GRID[knob] for knob in args.knobs.split(",")} | ({"comm.wire": WIRES} if args.wire else {})
     chosen: dict[str, Any] = {}
     rows: list[dict[str, Any]] = []
+    told: dict[str, Any] = {}
     raw: dict[str, list[float]] = {}
     for knob, values in grid.items():
         found = try_values(args, knob, values, chosen)
         if found is None:
             continue
-        best, more, speeds = found
+        best, more, speeds, told = found
         rows, raw = rows + more, raw | speeds
         if best is not None:
             chosen[knob] = best
         print(show.markdown(more), flush=True)
-    path = record.write(args.name or f"tune_{args.model}", rows, {}, model=args.model, batch=args.batch,
-                        ranks=args.ranks, launcher=args.launcher, chosen=chosen, raw_images_per_s=raw)  # fmt: skip
+    path = record.write(
+        args.name or f"tune_{args.model}", rows, {}, model=args.model, batch=args.batch, image_size=args.image_size,
+        ranks=args.ranks, launcher=args.launcher, **told, chosen=chosen, raw_images_per_s=raw,
+    )  # fmt: skip
     write_aside(args.out, as_yaml(chosen, path.stem).encode())
     print(f"wrote {path.name} to benchmarks/records, and {args.out}: {chosen or 'the defaults are best'}")
 
 
 def try_values(
     args: argparse.Namespace, knob: str, values: tuple[Any, ...], chosen: dict[str, Any]
-) -> tuple[Any, list[dict[str, Any]], dict[str, list[float]]] | None:
-    """(the fastest value, rows, images/s by value and round) with everything else as chosen so far."""
+) -> tuple[Any, list[dict[str, Any]], dict[str, list[float]], dict[str, Any]] | None:
+    """(the fastest value, rows, images/s by value and round, where) with everything else as chosen so far."""
     groups: dict[str, Group] = {}
     case = Case(args.ranks, "horovod")
     measured: dict[str, Measured] = {}
@@ -86,11 +92,12 @@ def try_values(
             warm_up(group, {"steps": args.steps})
         in_turn(groups, lambda _: {"steps": args.steps}, args.rounds, lambda name, a: measured[name].add(a),
                 lambda: False)  # fmt: skip
+        told = {"ranks_per_host": groups["default"].hosts(), **described(groups["default"].facts[0])}
     finally:
         close_all(list(groups.values()))
     speeds = {name: m.speeds().tolist() for name, m in measured.items()}
     rows = [row_of(knob, name, speeds) for name in by_name]
-    return by_name[choose(rows)], rows, {f"{knob}={name}": values for name, values in speeds.items()}
+    return by_name[choose(rows)], rows, {f"{knob}={name}": values for name, values in speeds.items()}, told
 
 
 def start(args: argparse.Namespace, options: dict[str, Any]) -> Group:

@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks import allreduce, record, scaling, step, tune
 
-pytestmark = pytest.mark.launch
+pytestmark = pytest.mark.studies
 SMALL = ("--model", "cnn_small", "--batch", "2", "--image_size", "16")
 
 

@@ -111,7 +111,8 @@ def test_a_shared_run_counts_for_both_cells(tmp_path):
 
 def test_arms_that_share_their_runs_are_one_comparison(tmp_path):
     """Two names for the same numbers shall not make Holm's correction stricter."""
-    rules = {"linear": {"schedule.scaling": "linear"}, "sqrt": {"schedule.scaling": "sqrt"}}
+    sgd = {"optim.name": "sgd_momentum"}
+    rules = {"linear": {**sgd, "schedule.scaling": "linear"}, "sqrt": {**sgd, "schedule.scaling": "sqrt"}}
     axes = {"batch_size": [64], "arm": {**rules, "LARS": {"optim.name": "lars"}}}
     wanted = study(tmp_path, axes=axes)
     found = finish(wanted, lambda run: 60 + 5 * (run.cell.labels["arm"] == "LARS") + run.seed)
@@ -120,6 +121,27 @@ def test_arms_that_share_their_runs_are_one_comparison(tmp_path):
     assert "LARS - linear = sqrt" in rows[0]
     p, corrected = (cell.strip() for cell in rows[0].split("|")[-3:-1])
     assert p == corrected
+
+
+def test_the_reference_is_not_compared_with_itself_under_another_name(tmp_path):
+    lars = {"optim.name": "lars", "schedule.scaling": "linear"}
+    axes = {"batch_size": [64], "arm": {"LARS": lars, "LARS again": dict(lars), "SGD": {"optim.name": "sgd_momentum"}}}
+    wanted = study(tmp_path, axes=axes)
+    found = finish(wanted, lambda run: 60 + 5 * (run.cell.labels["arm"] != "SGD") + run.seed)
+    text = study_report._comparisons(study_report.Results(wanted, found))
+    assert "LARS - SGD" in text
+    assert "LARS again" not in text
+
+
+def test_losses_against_the_smallest_batch(tmp_path):
+    wanted = study(tmp_path)
+    found = finish(wanted, lambda run: 70.0 - 20 * (run.cell.key == "256 | SGD") + run.seed)
+    rows = study_report._losses(study_report.Results(wanted, found)).splitlines()
+    assert rows[0] == "| batch_size | arm | steps per epoch | against | points | 95 % interval |"
+    cells = [[cell.strip() for cell in row.split("|")] for row in rows[2:]]
+    assert [(row[1], row[2], row[4], round(float(row[5]))) for row in cells] == [
+        ("256", "SGD", "64", -20), ("256", "LARS", "64", 0),
+    ]  # fmt: skip
 
 
 def test_plots_are_drawn(told):
