@@ -93,13 +93,13 @@ def test_tasks_of_srun_meet_without_mpi(tmp_path):
         "SLURM_NODEID": "0", "SLURM_STEP_NODELIST": "localhost", "DIST_LARS_TEST_BACKEND": "torch",
         "DIST_LARS_TEST_OUT": str(tmp_path),
     }  # fmt: skip
-    worker = [sys.executable, str(ROOT / "tests/parallel/worker_comm.py")]
+    worker = [sys.executable, str(ROOT / "tests/parallel/worker_shared.py")]
     tasks = [
         subprocess.Popen(worker, env=environment(**step, SLURM_PROCID=str(r), SLURM_LOCALID=str(r))) for r in (0, 1)
     ]
     assert [task.wait(90) for task in tasks] == [0, 0]
     for r in (0, 1):
-        got = json.loads((tmp_path / f"rank{r}.json").read_text())
+        got = json.loads((tmp_path / f"rank{r}.json").read_text())["comm"]
         assert (got["local"], got["sum"]["half"], got["object"]) == ([r, 2], 1.0, {"from": 0})
 
 

@@ -2,20 +2,29 @@
 
 import pytest
 
-LAUNCHERS = {"horovodrun": "mpi", "gloo": "gloo", "mpirun": "mpi"}
+pytestmark = pytest.mark.parallel
 
 
-@pytest.mark.parametrize("size", [1, 2, 3])
-@pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_allreduce(launch, launcher, size):
-    ranks = launch(size, "tests/parallel/allreduce_worker.py", launcher=launcher)
+def check(ranks, controller):
+    size = len(ranks)
     total = size * (size + 1) / 2
     expected = {
         "size": size,
-        "controller": LAUNCHERS[launcher],
+        "controller": controller,
         "small": [total, 10 * (total - size)],
         "large": [total / size, 299_999 * total / size],
         "many": [size * i + total - size for i in range(50)],
         "word": f"from {size - 1}",
     }
     assert ranks == [expected] * size
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize(("carrier", "controller"), [("horovod by MPI", "mpi"), ("horovod by gloo", "gloo")])
+def test_allreduce(shared, carrier, controller, size):
+    check([rank["horovod"] for rank in shared(size, carrier)], controller)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_allreduce_under_horovodrun(launch, size):
+    check(launch(size, "tests/parallel/worker_allreduce.py", launcher="horovodrun"), "mpi")

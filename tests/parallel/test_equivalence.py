@@ -3,14 +3,13 @@
 import pytest
 
 pytestmark = pytest.mark.parallel
-WORKER = "tests/parallel/worker_equivalence.py"
 
 
 @pytest.fixture(scope="module")
-def runs(launch_once):
+def runs(shared):
     """{ranks: [result of each rank]}, and "again": 3 ranks a second time."""
-    alone = launch_once(1, WORKER, "alone")
-    return {1: alone, **{n: launch_once(n, WORKER) for n in (2, 3, 4)}, "again": launch_once(3, WORKER)}
+    launches = {1: (1,), **{n: (n, "horovod by MPI") for n in (2, 3, 4)}, "again": (3, "horovod by MPI", True)}
+    return {name: [rank["training"] for rank in shared(*words)] for name, words in launches.items()}
 
 
 @pytest.mark.parametrize("kind", ["plain", "clipped", "dropout"])

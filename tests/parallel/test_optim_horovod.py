@@ -11,8 +11,8 @@ STEPS, TENSORS = 4, 6  # of the worker's net
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
-def test_ratios_agree_without_a_collective_of_their_own(launch: Callable[..., Any], ranks: int) -> None:
-    results = launch(ranks, "tests/parallel/worker_optim_horovod.py", timeout=180, HOROVOD_TIMELINE="DYNAMIC")
+def test_ratios_agree_without_a_collective_of_their_own(shared: Callable[..., Any], ranks: int) -> None:
+    results = [rank["wrapper"] for rank in shared(ranks, "horovod by MPI")]
     assert len(results) == ranks
     for name in ("sgd", "lamb", *LAWS):
         runs = [r["runs"][name] for r in results]

@@ -1,14 +1,12 @@
-"""Training by one backend, and sums of gradients in each number format of the wire."""
+"""Sums of gradients in each number format of the wire."""
 
-import sys
 from typing import Any
 
 import torch
 from torch import nn
 
+from benchmarks.worker import Ddp
 from dist_lars import comm as ranks
-from tests.parallel.worker_equivalence import train
-from tests.parallel.worker_tools import finish, join
 
 SHAPES = [(1001,), (7, 3), (40, 50), (1,), (64, 101)]  # some shares are uneven, the last parameter fills a bucket
 WIRES = {"fp32": None, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -38,20 +36,32 @@ def sums(comm: ranks.Comm, wire: torch.dtype | None) -> dict[str, Any]:
     return {"error": worst, "sums": [v for p in parameters if p.grad is not None for v in p.grad.flatten().tolist()]}
 
 
-def main() -> None:
-    torch.set_num_threads(1)
-    comm = ranks.LocalComm() if "alone" in sys.argv else join(deterministic=True)
-    kinds = {"plain": 5, "dropout": 5, "batchnorm": 5}
-    finish(
-        comm.rank,
-        {
-            "backend": type(comm).__name__,
-            "trained": {kind: train(kind, comm, steps) for kind, steps in kinds.items()},
-            "sums": {name: sums(comm, wire) for name, wire in WIRES.items()},
-        },
-    )
-    comm.close()
+def beside_ddp(comm: ranks.Comm) -> dict[str, float]:
+    """Two passes by our reducer, then the same by the DDP of benchmarks.worker, whose place the reducer had taken."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU(), torch.nn.Linear(8, 4)).double()
+    images = torch.randn(2, 6, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(comm.rank))
+    ours = comm.reducer(model.parameters(), 1.0)
+    assert ours is not None
+
+    def gradients(reducer: Any, net: torch.nn.Module) -> list[torch.Tensor]:
+        reducer.begin()
+        for i, batch in enumerate(images):
+            reducer.last_pass = i == 1
+            (net(batch).square().mean() / reducer.ranks).backward()
+        reducer.finish()
+        return [p.grad.clone() for p in model.parameters()]
+
+    expected = gradients(ours, model)
+    ddp = Ddp(model, ours, 1.0, torch.device("cpu"))
+    found = gradients(ddp, ddp.model)
+    return {
+        "difference": max((a - b).abs().max().item() for a, b in zip(found, expected, strict=True)),
+        "size": min(a.abs().max().item() for a in expected),
+        "hooks": sum(len(p._post_accumulate_grad_hooks or {}) for p in model.parameters()),
+    }
 
 
-if __name__ == "__main__":
-    main()
+def report(comm: ranks.Comm) -> dict[str, Any]:
+    found: dict[str, Any] = {name: sums(comm, wire) for name, wire in WIRES.items()}
+    return found | ({"ddp": beside_ddp(comm)} if type(comm).__name__ == "TorchComm" and comm.size > 1 else {})

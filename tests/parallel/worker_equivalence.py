@@ -1,6 +1,5 @@
 """Train tiny float64 nets for a few steps on these ranks and report weights, checksums and losses."""
 
-import sys
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,6 @@ from dist_lars.data import TrainOrder
 from dist_lars.guards import tensor_sums
 from dist_lars.metrics import Counts
 from dist_lars.plan import make_plan
-from tests.parallel.worker_tools import finish, join
 
 IMAGES, BATCH, MICRO = 130, 24, 2  # 12 micro-batches a step: 1, 2, 3 and 4 ranks divide them
 
@@ -99,20 +97,11 @@ def start(comm: ranks.Comm) -> dict[str, Any]:
     return {"before": before, "after": tensor_sums(model.parameters())}
 
 
-def main() -> None:
-    torch.set_num_threads(1)
-    alone = len(sys.argv) > 1 and sys.argv[1] == "alone"
-    comm = ranks.LocalComm() if alone else join(deterministic=True)
-    result = {
+def report(comm: ranks.Comm) -> dict[str, Any]:
+    return {
         "start": start(comm),
         "plain": train("plain", comm, 5),
         "clipped": train("plain", comm, 5, clip=0.1),
         "dropout": train("dropout", comm, 5),
         "batchnorm": train("batchnorm", comm, 20),
     }
-    finish(comm.rank, result)
-    comm.close()
-
-
-if __name__ == "__main__":
-    main()

@@ -1,7 +1,6 @@
 """Train the four networks for three steps at 224 px, and a small one with averaged weights, whole and resumed."""
 
 import shutil
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -103,8 +102,8 @@ def switched_on(comm: ranks.Comm) -> dict[str, Any]:
 def main() -> None:
     torch.set_num_threads(1)
     comm = join(deterministic=True)
-    parts = {"nets": lambda c: {name: three_steps(name, c) for name in NETS}, "resume": resumed, "ema": switched_on}
-    finish(comm.rank, parts[sys.argv[-1]](comm))
+    nets = {name: three_steps(name, comm) for name in NETS}
+    finish(comm.rank, {**nets, "resume": resumed(comm), "ema": switched_on(comm)})
     comm.close()
 
 
