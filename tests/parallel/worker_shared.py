@@ -3,7 +3,6 @@
 worker_shared.py [alone]     alone: a process that knows of no others
 """
 
-import json
 import sys
 
 import torch
@@ -28,7 +27,7 @@ def main() -> None:
         if comm.size > 1:  # alone, Horovod's timeline stays empty
             parts |= {"wrapper": worker_optim_horovod}
     result = {"backend": type(comm).__name__, **{name: part.report(comm) for name, part in parts.items()}}
-    finish(comm.rank, json.loads(json.dumps(result)))
+    finish(comm.rank, result)
     comm.close()
 
 
