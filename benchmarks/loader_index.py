@@ -5,8 +5,8 @@ import pickle
 import sys
 import time
 from multiprocessing.reduction import ForkingPickler
-from pathlib import Path
 
+from benchmarks import record
 from dist_lars import comm as ranks
 from dist_lars import data, inputs
 
@@ -37,8 +37,7 @@ def main() -> None:
 
 def resident() -> float:
     """MB of memory that this process holds, shared memory included."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(float(line.split()[1]) for line in lines if line.startswith("VmRSS")) / 1e3
+    return record.own_memory("VmRSS") / 1024e3
 
 
 if __name__ == "__main__":

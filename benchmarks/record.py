@@ -206,6 +206,12 @@ def environment() -> dict[str, str]:
     return {k: _without_folders(v) for k, v in sorted(public.items())}
 
 
+def own_memory(field: str) -> float:
+    """Bytes that this process holds, by a field of /proc/self/status: VmRSS, RssAnon."""
+    lines = _file("/proc/self/status").splitlines()
+    return 1024 * next(float(line.split()[1]) for line in lines if line.startswith(field))
+
+
 def _output(*words: str) -> str:
     try:
         done = subprocess.run(words, cwd=Path(__file__).parent.parent, capture_output=True, text=True, timeout=20)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from benchmarks import record
 from dist_lars.engine import Job
 from dist_lars.reducer import Reducer
 from dist_lars.resources import free_memory
@@ -87,9 +87,7 @@ def memory(device: torch.device) -> dict[str, float]:
             "held": float(torch.cuda.max_memory_reserved(device)),
             "free": float(torch.cuda.mem_get_info(device)[0]),
         }
-    status = Path("/proc/self/status").read_text(encoding="utf-8")
-    held = 1024 * int(next(line.split()[1] for line in status.splitlines() if line.startswith("RssAnon")))
-    return {"held": float(held), "free": free_memory()}
+    return {"held": record.own_memory("RssAnon"), "free": free_memory()}
 
 
 def standalone(reducer: Reducer, repeat: int) -> list[float]:
