@@ -29,10 +29,11 @@ setup(
         "jsonargparse>=4.40",
         "tqdm",
         "tensorboard",
+        "psutil",
     ],
     extras_require={
         # `python -m dist_lars.build_horovod` makes the Horovod that this asks for; it needs "build".
-        "build": ["cmake", "packaging", "setuptools", "wheel", "cloudpickle", "psutil"],
+        "build": ["cmake", "packaging", "setuptools", "wheel", "cloudpickle"],
         "horovod": ["horovod==0.28.1", "mpi4py>=4"],
         # Better by `python -m dist_lars.pillow_simd`, which takes Pillow away first.
         "simd": ["pillow-simd"],

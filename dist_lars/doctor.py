@@ -101,10 +101,16 @@ def worker() -> None:
         "size": hvd.size(),
         "controller": "MPI" if hvd.mpi_enabled() else "Gloo",
         "built": [name.upper() for name in names if getattr(hvd, f"{name}_built")()],
-        "libmpi": sorted(set(re.findall(r"\S*/libmpi\.so\S*", Path("/proc/self/maps").read_text()))),
+        "libmpi": libmpi(),
     }
     print("DOCTOR", json.dumps(report), flush=True)
     hvd.shutdown()
+
+
+def libmpi() -> list[str]:
+    """The MPI libraries that this process has loaded."""
+    maps = Path("/proc/self/maps").read_text(encoding="utf-8")
+    return sorted(set(re.findall(r"\S*/libmpi\.so\S*", maps)))
 
 
 def check_ranks(name: str, words: list[str]) -> Check:

@@ -120,11 +120,12 @@ def check_alone(roll: Roll) -> None:
     """What must be right before Horovod is loaded: on the wrong processor that alone may end the process."""
     from dist_lars.doctor import check_build
 
-    bad = [check for check in (check_build(), check_torch(), check_decoder()) if check.status == "FAIL"]
-    if bad:
-        roll.conclude(bad)
-        lines = [f"{c.name}: {c.value}\n  -> {c.fix}, or {verdict.exclude([socket.gethostname()])}" for c in bad]
-        leave(f"error: {socket.gethostname()} cannot train: " + "\n".join(lines), EXIT_SICK)
+    for look in (check_build, check_torch, check_decoder):  # one by one, for the decoder may end the process likewise
+        check = look()
+        if check.status == "FAIL":
+            roll.conclude([check])
+            line = f"{check.name}: {check.value}\n  -> {check.fix}, or {verdict.exclude([socket.gethostname()])}"
+            leave(f"error: {socket.gethostname()} cannot train: {line}", EXIT_SICK)
 
 
 def leave(text: str, code: int) -> NoReturn:

@@ -13,8 +13,10 @@ from typing import Any
 
 from dist_lars import __version__
 from dist_lars.config import Config, data_path
-from dist_lars.data.shards import is_packed
+from dist_lars.data.folder import split_folders
+from dist_lars.data.shards import is_packed, read_meta
 from dist_lars.data.stage import expand
+from dist_lars.doctor import foreign_library, libmpi
 from dist_lars.doctor_host import version
 from dist_lars.doctor_verdict import Facts, Place
 from dist_lars.errors import UserError
@@ -41,6 +43,7 @@ def collect(comm: Any, config: Config, device: Any, run_dir: Path | None) -> Fac
         cores=len(own_cores()),
         memory=os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9,
         operations=comm.carrier(),
+        foreign_mpi=foreign_library(libmpi()) or "",
         versions=versions(torch),
         places=tuple(places(config, run_dir)) if leads else (),
         data=unseen_data(config) if leads else "",
@@ -49,14 +52,14 @@ def collect(comm: Any, config: Config, device: Any, run_dir: Path | None) -> Fac
 
 def versions(torch: Any) -> dict[str, str]:
     """What must be the same on every node, by name."""
-    libmpi = sorted(set(re.findall(r"\S*/libmpi\.so\S*", Path("/proc/self/maps").read_text(encoding="utf-8"))))
+    loaded = libmpi()
     return {
         "python": sys.version.split()[0],
         "torch": torch.__version__,
         **{name: version(name) for name in ("torchvision", "horovod", "numpy")},
         "dist_lars": __version__,
         "dist_lars's files": source_digest(Path(__file__).parent),
-        "MPI library": Path(libmpi[0]).name if libmpi else "none",
+        "MPI library": Path(loaded[0]).name if loaded else "none",
         "CUDA driver": _driver(),
     }
 
@@ -132,10 +135,15 @@ def unseen_data(config: Config) -> str:
     if path is None:
         return ""
     try:
-        for folder in [path] if is_packed(path) else [f"{path}/train"]:
-            first = next(os.scandir(folder), None)
-            if first is None:
+        for folder in split_folders(path, config.data.val):
+            if is_packed(folder):
+                (Path(folder) / read_meta(folder)["shards"][0]["name"]).open("rb").close()
+            elif config.data.stage:
+                return f"{folder} is an image folder, and data.stage copies packed shards: python -m dist_lars.pack"
+            elif next(os.scandir(folder), None) is None:
                 return f"{folder} is empty"
     except OSError as e:
         return f"{e.filename or path}: {e.strerror}"
+    except UserError as e:
+        return str(e)
     return ""

@@ -10,27 +10,35 @@ import socket
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from dist_lars.doctor_host import Check, as_json
+from dist_lars.doctor_reach import Door, cut_off, open_door, unreached
 from dist_lars.doctor_verdict import exclude, fail, some, spans
-from dist_lars.launchers import expected_ranks
+from dist_lars.launchers import expected_ranks, host_names
 
 EXIT_SICK = 3  # a check failed: no other launcher would help
 EXIT_APART = 4  # the ranks do not find each other: another launcher may
 VERDICT = "preflight.json"
 IMPORTING = "importing torch"  # a stage: thousands of files, from wherever the environment lies
-ANSWER = 3.0  # seconds that the ranks are given to answer when the time is up
+ANSWER = 4.0  # seconds that the ranks are given to answer when the time is up
 
 
 class Stand(NamedTuple):
-    """Where a rank is; `answers` once it has noticed that the time is up."""
+    """Where a rank is; `answers` once it has noticed that the time is up, and then which hosts it does not reach."""
 
-    host: str
+    door: Door
     stage: str
     answers: bool = False
+    unreached: dict[str, str] | None = None
+
+    @property
+    def host(self) -> str:
+        """Where it runs."""
+        return self.door.host
 
 
 class Roll:
@@ -39,25 +47,27 @@ class Roll:
     def __init__(self, run_dir: Path | None, rank: int) -> None:
         self.run_dir, self.rank, self.stage = run_dir, rank, ""
         self.folder = run_dir / "preflight" if run_dir is not None else None
+        self.listener, self.door = open_door()
         if run_dir is not None and self.folder is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
             if rank == 0:
                 (run_dir / VERDICT).unlink(missing_ok=True)  # of an earlier examination
 
-    def at(self, stage: str, answers: bool = False) -> None:
+    def at(self, stage: str, answers: bool = False, unreached: dict[str, str] | None = None) -> None:
         """This rank now does `stage`."""
         self.stage = stage
         if self.folder is not None:
             with contextlib.suppress(FileNotFoundError):  # another rank has come to its verdict
-                _replace(self.folder / f"rank{self.rank}", json.dumps([socket.gethostname(), stage, answers]))
+                _replace(self.folder / f"rank{self.rank}", json.dumps([self.door, stage, answers, unreached]))
 
     def call(self) -> dict[int, Stand]:
         """{rank: where it is} of every rank that has come so far."""
         found = {}
         for path in self.folder.glob("rank*") if self.folder is not None else ():
             with contextlib.suppress(FileNotFoundError):
-                found[int(path.name.removeprefix("rank"))] = Stand(*json.loads(path.read_text(encoding="utf-8")))
-        return found
+                door, *rest = json.loads(path.read_text(encoding="utf-8"))
+                found[int(path.name.removeprefix("rank"))] = Stand(Door(*door), *rest)
+        return dict(sorted(found.items()))
 
     def conclude(self, checks: Sequence[Check]) -> None:
         """Write the verdict, unless another rank has; what follows the first failure is its consequence."""
@@ -88,22 +98,35 @@ class Deadline:
 
     def _end(self) -> None:
         self.roll.at(self.roll.stage, answers=True)
-        time.sleep(ANSWER + 0.5 * min(self.roll.rank, 6))  # the first that is alive speaks, and the launcher ends all
+        began, called = time.monotonic(), self.roll.call()
+        if self.roll.rank == min((r for r, stand in called.items() if stand.host == self.roll.door.host), default=-1):
+            doors = [stand.door for stand in called.values()]
+            self.roll.at(self.roll.stage, answers=True, unreached=unreached(self.roll.door, doors))
+        # The first that is alive speaks, and the launcher ends all.
+        time.sleep(max(0.0, began + ANSWER + 0.5 * min(self.roll.rank, 6) - time.monotonic()))
         text = f"rank {self.roll.rank} on {socket.gethostname()} waited {self.seconds:.0f} s while {self.roll.stage}"
-        sick, reason, repair = behind(self.roll.call(), _launched())
+        nodes = host_names(os.environ.get("SLURM_JOB_NODELIST", ""))
+        sick, reason, repair = behind(self.roll.call(), _launched(), nodes)
         print(f"error: {text}: {reason}\n  -> {repair}", file=sys.stderr, flush=True)
         if sick:
             self.roll.conclude([fail("progress", f"{text}: {reason}", repair)])
         os._exit(EXIT_SICK if sick else EXIT_APART)
 
 
+def _short(host: str) -> str:
+    return host.partition(".")[0]
+
+
 def _launched() -> int:
     return expected_ranks(os.environ)[0] or 0
 
 
-def behind(called: dict[int, Stand], launched: int) -> tuple[bool, str, str]:
-    """(whether some ranks are worse than others, which, what to do)."""
+def behind(called: dict[int, Stand], launched: int, nodes: Sequence[str] = ()) -> tuple[bool, str, str]:
+    """(whether some ranks are worse than others, which, what to do); `nodes` are those of the job, if it is SLURM's."""
     if absent := [r for r in range(launched) if r not in called]:
+        here = Counter(_short(stand.host) for stand in called.values())
+        if short := [node for node in nodes if here[_short(node)] < launched / len(nodes)]:
+            return True, f"rank {spans(absent)} never started, on {some(short)}", exclude(short)
         hosts = some([stand.host for stand in called.values()], most=16)
         return True, f"rank {spans(absent)} never started", f"exclude the node of the job that is not among {hosts}"
     silent = [r for r, stand in called.items() if not stand.answers]
@@ -112,6 +135,13 @@ def behind(called: dict[int, Stand], launched: int) -> tuple[bool, str, str]:
     if all(stand.stage == IMPORTING and stand.answers for stand in called.values()):
         fix = "try again, for the files may be in the nodes' memory now; or a container, which is one file (README.md)"
         return False, "all ranks do: the environment lies on a slow file system", fix
+    lost = cut_off(stand.unreached for stand in called.values() if stand.unreached)
+    if lost and not silent:
+        text = " and ".join(f"{host} ({address})" for host, address in list(lost.items())[:8])
+        if len(lost) < len({stand.host for stand in called.values()}):
+            return True, f"no connection from the other nodes to {text}", exclude(list(lost))
+        fix = "a firewall between nodes, or the wrong network: INTERFACE in slurm/site.sh"
+        return False, f"the nodes do not reach each other: {text}", fix
     if len(few) == len(called):
         fix = "a firewall or the wrong network between nodes: INTERFACE in slurm/site.sh; or another LAUNCHER"
         return False, "all ranks wait for each other", fix

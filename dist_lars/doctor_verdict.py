@@ -47,6 +47,7 @@ class Facts:
     memory: float  # GB of the host
     operations: str  # of Horovod: "MPI: MPI GLOO NCCL", the controller first
     versions: dict[str, str]
+    foreign_mpi: str = ""  # an MPI library that is loaded, but not the one that Horovod was built on
     places: tuple[Place, ...] = ()  # the first rank of a node looks for all
     data: str = ""  # "", or why the images cannot be seen from here
 
@@ -149,6 +150,10 @@ def check_operations(facts: Sequence[Facts]) -> Check:
     name = "horovod"
     if words := odd_ones({f.host: f.operations for f in facts}):
         return fail(name, words, "one environment or container for all nodes")
+    if foreign := [f for f in facts if f.foreign_mpi]:
+        where = some([f.host for f in foreign])
+        fix = "unset LD_LIBRARY_PATH, or unload its module in slurm/site.sh"
+        return fail(name, f"loads {foreign[0].foreign_mpi} on {where}, not the MPI that it was built on", fix)
     if facts[0].device != "cpu" and "NCCL" not in facts[0].operations:
         fix = "HOROVOD_GPU_OPERATIONS=NCCL make install"
         return warn(name, f"{facts[0].operations}: gradients travel through the host's memory", fix)

@@ -26,7 +26,7 @@ def open_sets(config: Config, comm: Comm, cores: int = 1) -> data.Sets:
         )
     path = str(_digits(comm, d.image_size) if d.kind == "digits" else data_path(config))
     indexes = share_indexes(comm, lambda: _listed(path, d.val, d.hold_out))
-    if d.stage:
+    if d.stage and d.kind == "folder":  # others are made on the node, or hold nothing on a disk
         indexes = [_staged(comm, index, d.stage) for index in indexes]
     held = None
     if d.cache != "none":

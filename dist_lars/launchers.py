@@ -1,5 +1,6 @@
 """What its launcher tells a process: how many ranks were started, and which of them it is."""
 
+import itertools
 import os
 import re
 from collections.abc import Mapping
@@ -82,10 +83,20 @@ def tasks_per_node(text: str) -> list[int]:
     return [int(p[1]) for p in parts if p for _ in range(int(p[2] or 1))]
 
 
-def first_host(nodes: str) -> str:
-    """The first of a SLURM node list: "gpu[07-09,12],login1" begins with gpu07."""
-    first = re.match(r"(?:\[[^\]]*\]|[^,\[])*", nodes)
-    return re.sub(r"\[(\d+)[^\]]*\]", r"\1", first[0] if first else "")
+def host_names(nodes: str) -> list[str]:
+    """A SLURM node list written out: "gpu[07-09,12],login1" is gpu07, gpu08, gpu09, gpu12, login1."""
+    found: list[str] = []
+    for name in re.findall(r"(?:\[[^\]]*\]|[^,\[])+", nodes):
+        # "rack[1-2]gpu[1-4]" splits into text and numbers in turns
+        parts = [_numbers(part) if i % 2 else [part] for i, part in enumerate(re.split(r"\[([^\]]*)\]", name))]
+        found += map("".join, itertools.product(*parts))
+    return found
+
+
+def _numbers(text: str) -> list[str]:
+    """What stands in brackets: "07-09,12" is 07, 08, 09, 12."""
+    ends = [part.partition("-") for part in text.split(",")]
+    return [str(n).zfill(len(a)) for a, _, b in ends for n in range(int(a), int(b or a) + 1)]
 
 
 def is_first_process(environment: Mapping[str, str] = os.environ) -> bool:

@@ -14,7 +14,7 @@ from torch import nn
 
 from dist_lars.comm import mpi
 from dist_lars.errors import UserError
-from dist_lars.launchers import Place, first_host
+from dist_lars.launchers import Place, host_names
 from dist_lars.reducer import Reducer
 
 MEETING = 300.0  # seconds within which all ranks must have started
@@ -118,7 +118,7 @@ def meet(place: Place) -> Any:
     if place.launcher == "mpirun":
         return _meet_by_mpi(place)
     if place.launcher == "srun":
-        return _store(place, first_host(os.environ["SLURM_STEP_NODELIST"]), slurm_port(os.environ))
+        return _store(place, host_names(os.environ["SLURM_STEP_NODELIST"])[0], slurm_port(os.environ))
     raise UserError(
         f"{place.launcher} does not tell the ranks where to meet for comm.backend torch: start them with torchrun, "
         f"mpirun or srun, or set MASTER_ADDR and MASTER_PORT to a host and a free port of rank 0"

@@ -27,6 +27,7 @@ LEVELS = [
         "doctor_host",
         "doctor_cluster",
         "doctor_node",
+        "doctor_reach",
         "doctor_roll",
         "doctor_verdict",
     ],

@@ -8,9 +8,12 @@ import pytest
 from dist_lars import doctor_verdict as verdict
 from dist_lars.config import Config as Settings
 from dist_lars.config import Data
+from dist_lars.data.folder import index_folder
+from dist_lars.data.packing import Options, pack
 from dist_lars.doctor_host import Check
 from dist_lars.doctor_node import probe, source_digest, unseen_data
-from dist_lars.doctor_roll import Roll, behind
+from dist_lars.doctor_reach import Door, open_door, unreached
+from dist_lars.doctor_roll import Roll, Stand, behind
 from dist_lars.doctor_verdict import Facts, Link, Place
 
 
@@ -50,6 +53,7 @@ def test_512_equal_ranks_are_fine():
         ({"versions": {"python": "3.11", "torch": "2.13.0", "horovod": "0.28.1", "dist_lars": "0.1"}}, "versions",
          ["torch is 2.14.1 on most nodes; 2.13.0 on n77", "one environment"]),
         ({"operations": "MPI controller; built in MPI"}, "horovod", ["on n77", "one environment"]),
+        ({"foreign_mpi": "/opt/libmpi.so.40"}, "horovod", ["loads /opt/libmpi.so.40 on n77", "LD_LIBRARY_PATH"]),
         ({"device": "cpu", "device_id": "", "gpus_seen": 0}, "devices", ["torch sees none on n77", "nvidia-smi"]),
         ({"device": "GPU Z"}, "devices", ["GPU Z on n77 (rank 308)", "--constraint"]),
         ({"device_id": "same"}, "devices", ["share one GPU", "on n77", "--gpu-bind=none"]),
@@ -149,12 +153,28 @@ def test_a_folder_that_cannot_be_written_says_why(tmp_path):
 
 def test_data_is_looked_for_where_the_run_would(tmp_path):
     at = lambda path: unseen_data(Settings(data=Data(path=str(path))))  # noqa: E731
-    assert f"{tmp_path}/no/train: No such file" in at(tmp_path / "no")
+    assert f"data folder {tmp_path}/no does not exist" in at(tmp_path / "no")
     (tmp_path / "train").mkdir()
-    assert "is empty" in at(tmp_path)
+    assert "no validation folder: looked for" in at(tmp_path)
+    (tmp_path / "val" / "class").mkdir(parents=True)
+    assert f"{tmp_path}/train is empty" in at(tmp_path)
     (tmp_path / "train" / "class").mkdir()
     assert at(tmp_path) == ""
+    staged = Settings(data=Data(path=str(tmp_path), stage="/local"))
+    assert "train is an image folder, and data.stage copies packed shards" in unseen_data(staged)
     assert unseen_data(Settings(data=Data(kind="synthetic"))) == ""
+
+
+def test_packed_shards_are_looked_at(tmp_path, image_folder):
+    for part in ("train", "val"):
+        pack(index_folder(str(image_folder / part)), str(tmp_path / part), Options(None, 90, 0.02), 1, lambda n: None)
+    config = Settings(data=Data(path=str(tmp_path), stage="/local"))
+    assert unseen_data(config) == ""
+    shard = tmp_path / "val/shard-000000.tar"
+    shard.rename(shard.with_suffix(".away"))
+    assert f"{shard}: No such file" in unseen_data(config)
+    (tmp_path / "train/shards.json").rename(tmp_path / "train/away")
+    assert unseen_data(config)
 
 
 def test_another_checkout_has_another_digest(tmp_path):
@@ -183,6 +203,50 @@ def test_the_roll_names_who_is_behind(tmp_path):
     rolls[1].at("reducing")
     assert "rank 1 on" in behind(rolls[2].call(), 3)[1]
     assert "answers no more" in behind(rolls[2].call(), 3)[1]
+
+
+def stand(host, rank=0, unreached=None, stage="joining"):
+    return rank, Stand(Door(host, [f"10.0.0.{host[1:]}/24"], 7), stage, True, unreached)
+
+
+def test_a_rank_that_never_started_has_a_node():
+    """SLURM's list names the node, whether none or one of its ranks is missing, under long or short names."""
+    called = dict([stand("n1.local", 0), stand("n1.local", 1), stand("n2.local", 2)])
+    text, repair = behind(called, 6, ["n1", "n2", "n3"])[1:]
+    assert text == "rank 3-5 never started, on n2, n3"
+    assert "--exclude=n2,n3" in repair
+
+
+def test_the_node_that_nobody_reaches_is_named():
+    told = {
+        "n1": {"n2": "", "n3": "10.0.0.3"},
+        "n2": {"n1": "", "n3": "10.0.0.3"},
+        "n3": {"n1": "10.0.0.1", "n2": "10.0.0.2"},
+    }
+    called = dict(stand(host, rank, own) for rank, (host, own) in enumerate(told.items()))
+    sick, text, repair = behind(called, 3)
+    assert (sick, text) == (True, "no connection from the other nodes to n3 (10.0.0.3)")
+    assert "--exclude=n3" in repair
+    called = dict([stand("n1", 0, {"n2": "10.0.0.2"}), stand("n2", 1, {"n1": "10.0.0.1"})])
+    sick, text, repair = behind(called, 2)
+    assert (sick, text) == (False, "the nodes do not reach each other: n1 (10.0.0.1) and n2 (10.0.0.2)")
+    assert "INTERFACE" in repair
+    called = dict([stand("n1", 0, {"n2": ""}), stand("n2", 1, {"n1": ""})])
+    assert behind(called, 2)[1] == "all ranks wait for each other"
+
+
+def test_an_open_door_answers_and_a_closed_one_does_not():
+    listener, door = open_door()
+    here = Door("here", ["127.0.0.2/8"], door.port)
+    there = Door("there", ["127.0.0.1/8"], door.port)
+    assert unreached(here, [here, there]) == {"there": ""}
+    listener.close()
+    assert unreached(here, [here, there]) == {"there": "127.0.0.1"}
+    # On no network in common, one answer is enough; an address that both have is no way between them.
+    listener, door = open_door()
+    with listener:
+        far = Door("far", ["192.0.2.1/32", "127.0.0.1/32", "172.17.0.1/16"], door.port)
+        assert unreached(Door("here", ["10.0.0.1/24", "172.17.0.1/16"], 1), [far]) == {"far": ""}
 
 
 def test_the_verdict_outlives_the_roll(tmp_path):

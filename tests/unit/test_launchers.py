@@ -3,7 +3,7 @@
 import pytest
 
 from dist_lars.errors import UserError
-from dist_lars.launchers import Place, expected_ranks, first_host, is_first_process, place_of, tasks_per_node
+from dist_lars.launchers import Place, expected_ranks, host_names, is_first_process, place_of, tasks_per_node
 
 TORCHRUN = {"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": "8", "RANK": "5", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
 MPIRUN = {"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_LOCAL_RANK": "1",
@@ -68,17 +68,18 @@ def test_tasks_per_node(text, tasks):
 
 
 @pytest.mark.parametrize(
-    ("nodes", "first"),
+    ("nodes", "names"),
     [
+        ("", ""),
         ("n1", "n1"),
-        ("n1,n2", "n1"),
-        ("gpu[07-09,12],login1", "gpu07"),
-        ("r[1-2]n[001-128]", "r1n001"),
-        ("c[3,5]-ib,d1", "c3-ib"),
+        ("n1,n2", "n1 n2"),
+        ("gpu[07-09,12],login1", "gpu07 gpu08 gpu09 gpu12 login1"),
+        ("r[1-2]n[098-100]", "r1n098 r1n099 r1n100 r2n098 r2n099 r2n100"),
+        ("c[3,5]-ib,d1", "c3-ib c5-ib d1"),
     ],
 )
-def test_the_first_of_a_node_list(nodes, first):
-    assert first_host(nodes) == first
+def test_a_node_list_written_out(nodes, names):
+    assert host_names(nodes) == names.split()
 
 
 @pytest.mark.parametrize(
