@@ -12,7 +12,6 @@ of the trainer (`--epochs 2`, `--data.workers 4`) hold for every run.
 """
 
 import argparse
-import fcntl
 import os
 import shlex
 import shutil
@@ -25,7 +24,10 @@ from typing import IO, Any
 
 from benchmarks import record, study_grid, study_report, study_store
 from dist_lars.cli import make_parser, normalise
+from dist_lars.config import data_path, from_flat
+from dist_lars.data.folder import split_folders
 from dist_lars.errors import UserError
+from dist_lars.locks import lock
 from dist_lars.resources import cores, pick_autocast, pick_device
 from dist_lars.runlog import read_status
 from dist_lars.stopping import EXIT_STOPPED
@@ -44,6 +46,8 @@ def main(argv: list[str] | None = None) -> None:
         if args.list:
             print(study_report.to_do(study, store.runs()))
             return
+        if not args.report:
+            refuse_missing_images(study)
         code = 0 if args.report else Runner(study, store, args).go()
         if store.runs():
             print(study_report.write(study, store))
@@ -51,6 +55,13 @@ def main(argv: list[str] | None = None) -> None:
         print(f"error: {e}", file=sys.stderr)
         raise SystemExit(2) from None
     raise SystemExit(code)
+
+
+def refuse_missing_images(study: study_grid.Study) -> None:
+    """Say that the image folder is not there once and now, not in the log of each run."""
+    for config in (from_flat(cell.options) for cell in study_grid.cells(study)):
+        if path := data_path(config):
+            split_folders(path, config.data.val)
 
 
 def parse(argv: list[str]) -> tuple[argparse.Namespace, dict[str, Any]]:
@@ -101,6 +112,7 @@ class Runner:
         self.mine: dict[str, IO[Any]] = {}  # run -> its lock
         self.failed: dict[str, str] = {}  # run -> why
         self.stop, self.started, self.recorded = "", 0, 0
+        self.hopeless = False
         self.broken: BaseException | None = None
         # Named once: the clone may change while the study runs.
         precision = study.base.get("precision", "auto")
@@ -121,9 +133,11 @@ class Runner:
             raise self.broken
         for name, why in self.failed.items():
             print(f"failed: run {name}: {why}", file=sys.stderr)
-        if self.stop:
+        if self.hopeless:
+            print(f"given up, for the first {HOPELESS} runs failed", file=sys.stderr)
+        elif self.stop:
             print(f"stopped ({self.stop}); the same command goes on from here", file=sys.stderr)
-        return EXIT_STOPPED if self.stop else int(bool(self.failed))
+        return EXIT_STOPPED if self.stop and not self.hopeless else int(bool(self.failed))
 
     def _ask_to_stop(self, why: str) -> None:
         # No lock: this interrupts a thread that may hold it.
@@ -163,16 +177,14 @@ class Runner:
 
     def _claim(self, run: study_grid.Run) -> bool:
         """Lock a run, against other processes too; the trainer inherits the lock, which ends with the last of us."""
-        lock = (self.work / f"{run.id}.lock").open("w")
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            held = lock(self.work / f"{run.id}.lock")
         except BlockingIOError:
-            lock.close()
             return False
         if run.id in self.store.runs():  # another process has finished it since we looked
-            lock.close()
+            held.close()
             return False
-        self.mine[run.id] = lock
+        self.mine[run.id] = held
         return True
 
     # --- training it --------------------------------------------------------------------------------------------------
@@ -227,7 +239,7 @@ class Runner:
         with self.changed:
             self.failed[name] = why
             if len(self.failed) == HOPELESS and not self.recorded:
-                self.stop = f"the first {HOPELESS} runs failed"
+                self.hopeless, self.stop = True, "no hope"
             self.changed.notify_all()
 
     def _say(self, run: study_grid.Run, what: str) -> None:

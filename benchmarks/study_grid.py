@@ -134,6 +134,11 @@ def load(path: Path, path_given: bool = False, overrides: Options | None = None)
         final={**FINAL, **final, "options": _options(final.get("options", {}))},
         report=raw.get("report", {}),
     )
+    varied = {key for labels in study.axes.values() for own in labels.values() for key in own}
+    varied |= {key for rule in study.where for key in rule["set"]}
+    for key in overrides or {}:
+        if key in varied:
+            raise UserError(f"--{key} is what cells of the study differ in: change it in a copy of {path}")
     for cell in cells(study):
         plan_of(cell.options)  # every option and batch is refused now, not after hours
     return study
@@ -237,7 +242,7 @@ def sweep(study: Study, cell: Cell, factors: Sequence[float]) -> list[Run]:
 def select_run(study: Study, cell: Cell, factor: float, seed: int) -> Run:
     """One of them: on the training images but for those held out, which judge it after every epoch."""
     s = study.select or SELECT
-    epochs = s["epochs"] or cell.options["epochs"]
+    epochs = min(s["epochs"] or cell.options["epochs"], cell.options["epochs"])  # --epochs 1 shortens both
     share = epochs / cell.options["epochs"]
     own = {"epochs": epochs, "data.hold_out": s["hold_out"], "log.eval_epochs": 1}
     if "schedule.warmup_epochs" in cell.options:  # a shorter training warms up for the same share of it

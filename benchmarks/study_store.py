@@ -7,12 +7,8 @@ so that many processes and nodes may share it.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -25,6 +21,7 @@ from dist_lars.checkpoint import write_aside
 from dist_lars.config import from_flat
 from dist_lars.continuation import MAY_DIFFER_ON_RESUME
 from dist_lars.errors import UserError
+from dist_lars.locks import lock
 
 Line = dict[str, Any]
 
@@ -49,7 +46,7 @@ class Store:
     def add(self, run: Line, machine: Line, study: Line) -> None:
         """Add a run, where it was measured and what study it is of, each once."""
         on = _digest(machine)
-        with self._alone():
+        with lock(self.folder / f".{self.path.stem}.lock", wait=True):
             lines = self.lines()
             _refuse_other_images(self.path, lines, run)
             if not any(line["kind"] == "study" for line in lines):
@@ -59,15 +56,6 @@ class Store:
             if not any(line["kind"] == "run" and line["id"] == run["id"] for line in lines):
                 lines.append({"kind": "run", **run, "on": on})
             write_aside(self.path, "".join(json.dumps(line) + "\n" for line in lines).encode())
-
-    @contextmanager
-    def _alone(self) -> Iterator[None]:
-        folder = os.open(self.folder, os.O_RDONLY)
-        try:
-            fcntl.flock(folder, fcntl.LOCK_EX)
-            yield
-        finally:
-            os.close(folder)
 
 
 def _digest(content: Line) -> str:

@@ -7,14 +7,16 @@
 #   LAUNCHER=auto          srun, mpirun, horovodrun, or auto: srun where its PMI works, else mpirun
 #   MPI_TYPE=pmix          what `srun --mpi=` takes here (srun --mpi=list)
 #   LAUNCHER_ARGS="..."    more options of the launcher
-#   CONTAINER=IMAGE        run in this image: a .sif file or docker:// by Apptainer, .sqsh or name#tag by Pyxis
+#   CONTAINER=IMAGE        run in this image: a .sif file or docker:// by Apptainer, .sqsh or name#tag by Pyxis; it sees
+#                          the clone, RUN_DIR, DIST_LARS_DATA, --data.path and STAGE, if that is a plain folder's name
 #   CONTAINER_ARGS="..."   more options of Apptainer, or of srun under Pyxis
 #   VENV=DIR               the environment (.venv in the clone), where there is no container
 #   STAGE=DIR              copy packed shards to this folder of each node first; '$SLURM_TMPDIR' is expanded there
 #   INTERFACE=ib0          the network between nodes, where a node has several
-#   RUN_DIR=DIR            where the run lives (runs/JOBNAME-JOBID): the same one continues the same run
+#   RUN_DIR=DIR            where the run lives (runs/JOBNAME-JOBID, of an array JOBID_TASK): the same one continues the
+#                          same run
 #   MAX_REQUEUES=20        how often a job may start again
-#   PREFLIGHT=yes          no: skip the examination of the nodes
+#   PREFLIGHT=yes          no: skip the examination of the nodes; LAUNCHER=auto then takes srun
 #   DEBUG=1                let NCCL and Horovod talk
 
 set -euo pipefail
@@ -25,9 +27,13 @@ refuse() { say "refused: $*" >&2; exit 2; }
 # --- what was allocated -----------------------------------------------------------------------------------------------
 
 cd "$SLURM_SUBMIT_DIR"
+# Where sbatch was told to hand on no environment, srun would do likewise.
+export SLURM_EXPORT_ENV=ALL
 if [ -e slurm/site.sh ]; then
+    set +u # the functions behind `module` read variables that nobody has set
     # shellcheck source=slurm/site.example.sh
     source slurm/site.sh
+    set -u
 fi
 
 LAUNCHER=${LAUNCHER:-auto} MPI_TYPE=${MPI_TYPE:-pmix} MAX_REQUEUES=${MAX_REQUEUES:-20} CONTAINER=${CONTAINER:-}
@@ -68,19 +74,29 @@ if [ -z "$CONTAINER" ]; then
         refuse "$(command -v python || echo no python) has no dist_lars: run \`make install\` on the login node," \
             "or name VENV or CONTAINER in slurm/site.sh"
 else
+    # What the image must see; a folder that is missing here is left to the checks, which say so better.
+    folders=("${DIST_LARS_DATA:-}" "$(dirname "$RUN_DIR")" "${STAGE:-}") seen=$PWD
+    if [[ " $* " =~ \ --data\.path[=\ ]([^ ]+) ]]; then folders+=("${BASH_REMATCH[1]}"); fi
+    for word in "${folders[@]}"; do
+        if [[ $word = /* && ,$seen, != *,$word,* && -d $word ]]; then seen+=,$word; fi
+    done
     case $CONTAINER in
     *.sqsh | *'#'*)
         [ "$LAUNCHER" = auto ] && LAUNCHER=srun
         [ "$LAUNCHER" = srun ] || refuse "Pyxis (CONTAINER=$CONTAINER) works with LAUNCHER=srun, not $LAUNCHER"
-        mounts=$PWD:$PWD${DIST_LARS_DATA:+,$DIST_LARS_DATA:$DIST_LARS_DATA}
-        PYXIS=(--container-image="$CONTAINER" --container-mounts="$mounts" --container-workdir="$PWD"
-            "${CONTAINER_ARGS[@]}")
+        # Pyxis takes a word without / for an image of Docker Hub, and only the last list of mounts.
+        case $CONTAINER in *.sqsh) [[ $CONTAINER = */* ]] || CONTAINER=./$CONTAINER ;; esac
+        mounts=$(sed -E 's/([^,]+)/\1:\1/g' <<<"$seen")
+        for word in "${CONTAINER_ARGS[@]}"; do
+            case $word in --container-mounts=*) mounts+=,${word#*=} ;; *) PYXIS+=("$word") ;; esac
+        done
+        PYXIS=(--container-image="$CONTAINER" --container-mounts="$mounts" --container-workdir="$PWD" "${PYXIS[@]}")
         ;;
     *)
         apptainer=$(command -v apptainer || command -v singularity) ||
             refuse "CONTAINER=$CONTAINER needs apptainer or singularity on PATH: load its module in slurm/site.sh"
         [ "$LAUNCHER" != horovodrun ] || refuse "CONTAINER with LAUNCHER=horovodrun: use srun or mpirun"
-        IN_CONTAINER=("$apptainer" exec --bind "$PWD${DIST_LARS_DATA:+,$DIST_LARS_DATA}" --pwd "$PWD")
+        IN_CONTAINER=("$apptainer" exec --bind "$seen" --pwd "$PWD")
         [ "$GPUS" -eq 0 ] || IN_CONTAINER+=(--nv)
         IN_CONTAINER+=("${CONTAINER_ARGS[@]}" "$CONTAINER")
         ;;
@@ -98,44 +114,52 @@ single() {
 
 # --- the ranks --------------------------------------------------------------------------------------------------------
 
-# launch HOW COMMAND...: one process per rank. DIST_LARS_RANKS tells each how many there must be.
-launch() {
-    local how=$1 patience
-    shift
-    read -ra patience <<<"${PATIENCE:-}"
+# start_by HOW: LAUNCH becomes the words before a command that start it once per rank, each told by DIST_LARS_RANKS how
+# many there must be.
+start_by() {
     export DIST_LARS_RANKS=$RANKS
-    case $how in
+    case $1 in
     srun)
         # All GPUs of the node for each task: bound to one, NCCL cannot reach the others directly.
-        exec "${patience[@]}" srun --nodes="$NODES" --ntasks="$RANKS" --ntasks-per-node="$PER_NODE" \
-            --mpi="$MPI_TYPE" --gpu-bind=none --kill-on-bad-exit=1 --wait=60 --label \
-            "${PYXIS[@]}" "${LAUNCHER_ARGS[@]}" "${IN_CONTAINER[@]}" "$@"
+        LAUNCH=(srun --nodes="$NODES" --ntasks="$RANKS" --ntasks-per-node="$PER_NODE"
+            --mpi="$MPI_TYPE" --gpu-bind=none --kill-on-bad-exit=1 --wait=60 --label "${PYXIS[@]}")
         ;;
     mpirun)
-        local pass=() name
+        local name
+        LAUNCH=(mpirun -np "$RANKS" --map-by "ppr:$PER_NODE:node" --bind-to none --tag-output)
         for name in PATH LD_LIBRARY_PATH "${!DIST_LARS_@}" "${!HOROVOD_@}" "${!NCCL_@}" "${!OMP_@}" "${!PYTHON@}"; do
-            if [ -n "${!name:-}" ]; then pass+=(-x "$name"); fi
+            if [ -n "${!name:-}" ]; then LAUNCH+=(-x "$name"); fi
         done
-        exec "${patience[@]}" mpirun -np "$RANKS" --map-by "ppr:$PER_NODE:node" --bind-to none --tag-output \
-            "${pass[@]}" "${LAUNCHER_ARGS[@]}" "${IN_CONTAINER[@]}" "$@"
         ;;
     horovodrun)
         local hosts
         hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed "s/\$/:$PER_NODE/" | paste -sd,)
-        exec "${patience[@]}" horovodrun -np "$RANKS" -H "$hosts" --start-timeout 120 "${LAUNCHER_ARGS[@]}" "$@"
+        LAUNCH=(horovodrun -np "$RANKS" -H "$hosts" --start-timeout 120)
         ;;
     esac
+    LAUNCH+=("${LAUNCHER_ARGS[@]}" "${IN_CONTAINER[@]}")
+}
+
+launch() {
+    local patience
+    start_by "$1"
+    read -ra patience <<<"${PATIENCE:-}"
+    exec "${patience[@]}" "${LAUNCH[@]}" "${@:2}"
 }
 
 # attend COMMAND...: run it and hear signals meanwhile, which bash does only while it waits for a child.
 attend() {
-    local pid code
     ("$@") &
-    pid=$!
+    hear $!
+}
+
+# hear PID: wait for a child, through signals; its exit code.
+hear() {
+    local code
     while :; do
         interrupted=
         code=0
-        wait "$pid" || code=$?
+        wait "$1" || code=$?
         [ -n "$interrupted" ] || return "$code"
     done
 }
@@ -209,8 +233,9 @@ train() {
 
 # preflight OPTIONS: examine the nodes, and find out which launcher makes one job of all ranks.
 preflight() {
-    local candidates=("$LAUNCHER") code=0
-    if [ "$LAUNCHER" = auto ]; then candidates=(srun mpirun); fi
+    local candidates=("$LAUNCHER") limit=() code=0
+    # Where the ranks wait for each other, both trials together take less than a minute.
+    if [ "$LAUNCHER" = auto ]; then candidates=(srun mpirun) limit=(--limit 25); fi
     LAUNCHER=${candidates[0]}
     if [ "${PREFLIGHT:-yes}" = no ]; then return; fi
     for LAUNCHER in "${candidates[@]}"; do
@@ -219,7 +244,7 @@ preflight() {
         code=0
         # The examination ends itself within a minute, unless the launcher hangs.
         PATIENCE="timeout --kill-after=10 90" attend launch "$LAUNCHER" \
-            python -m dist_lars.doctor --cluster "$@" || code=$?
+            python -m dist_lars.doctor --cluster "${limit[@]}" "$@" || code=$?
         if [ "$code" = 0 ]; then return; fi
         if [ -e "$RUN_DIR/preflight.json" ]; then break; fi # it found a fault, which another launcher would not mend
         say "no job of $RANKS ranks by $LAUNCHER (exit code $code)"
@@ -260,4 +285,7 @@ give_up() {
     exit $(($2 ? $2 : 1))
 }
 
-hint() { say "to continue this run: RUN_DIR=$RUN_DIR sbatch ... with the same template and options"; }
+hint() {
+    say "to continue this run: RUN_DIR=$RUN_DIR sbatch ... with the same template and" \
+        "options${SLURM_ARRAY_TASK_ID:+, --seed $SLURM_ARRAY_TASK_ID in place of --array}"
+}

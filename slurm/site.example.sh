@@ -1,15 +1,17 @@
 # shellcheck shell=bash
-# What is special about your centre. Copy to slurm/site.sh, keep one block, delete the others. slurm/common.sh reads it
-# on the first node of every job, before anything else; it lists all variables. The environment of sbatch comes before:
+# What is special about your centre. Copy to slurm/site.sh, take the # off the lines that fit, change their values, delete
+# the rest. slurm/common.sh reads it on the first node of every job, before anything else, and lists all variables; a
+# command that fails here ends the job. Your environment at sbatch comes before these values:
 #   LAUNCHER=mpirun sbatch slurm/resnet18_8k.sbatch       works where the lines below say ${LAUNCHER:-...}
+# Account and partition are options of sbatch: export SBATCH_ACCOUNT=..., SBATCH_PARTITION=... in your .bashrc.
 
-export DIST_LARS_DATA=${DIST_LARS_DATA:-/project/data/imagenet-packed} # as compute nodes see it
-# Accounts and partitions are options of sbatch: export SBATCH_ACCOUNT=..., SBATCH_PARTITION=... in your .bashrc.
+#export DIST_LARS_DATA=${DIST_LARS_DATA:-/project/data/imagenet-packed}    # as compute nodes see it
 
 # --- 1. modules, and the .venv of `make install` ----------------------------------------------------------------------
-# The modules that were loaded for `make install MPI_HOME=... HOROVOD_GPU_OPERATIONS=NCCL`, none without MPI_HOME.
+# The modules that were loaded for `make install HOROVOD_GPU_OPERATIONS=NCCL`: the compiler and CUDA, and the MPI only if
+# it was built on that one (MPI_HOME=...), for otherwise .venv has its own.
 #module purge
-#module load gcc/12 openmpi/5.0 cuda/13.0
+#module load gcc/12 cuda/13.0
 #LAUNCHER=${LAUNCHER:-auto}                # srun where its PMIx works, else mpirun
 #INTERFACE=ib0                             # the fast network, where nodes have several
 #STAGE='$SLURM_TMPDIR'                     # packed shards go to the node's own disk first; the quotes are meant
@@ -17,7 +19,7 @@ export DIST_LARS_DATA=${DIST_LARS_DATA:-/project/data/imagenet-packed} # as comp
 # --- 2. a container: compute nodes without internet, a small file quota, another processor than the login node's -------
 #module load apptainer
 #CONTAINER=${CONTAINER:-/project/images/dist_lars.sif}
-#CONTAINER_ARGS="--bind /scratch"          # more folders that jobs need
+#CONTAINER_ARGS="--bind /scratch"          # more folders that jobs need, such as the one above $SLURM_TMPDIR
 # Pyxis instead of Apptainer, where `srun --help` knows --container-image:
 #CONTAINER=${CONTAINER:-/project/images/dist_lars.sqsh}
 #CONTAINER_ARGS="--container-mounts=/scratch:/scratch"

@@ -98,17 +98,19 @@ def calls(tmp_path):
     shutil.copytree(ROOT / "slurm", tmp_path / "slurm", ignore=shutil.ignore_patterns("site.sh"))
     (tmp_path / "bin").mkdir()
     (tmp_path / "empty/bin").mkdir(parents=True)
+    for name in ("images", "elsewhere"):
+        (tmp_path / name).mkdir()
     for name in ("bin/srun", "bin/mpirun", "bin/apptainer", "bin/scontrol", "empty/bin/python"):
         (tmp_path / name).write_text("#!/bin/sh\nexit 1\n" if "python" in name else STAND_IN)
         (tmp_path / name).chmod(0o755)
 
-    def run(**extra):
+    def run(*options, **extra):
         env = {
             **environment(), **ALLOCATION, "SLURM_SUBMIT_DIR": str(tmp_path), "CALLS": str(tmp_path / "calls"),
-            "PREFLIGHT": "no", "DIST_LARS_DATA": "/data", **extra,
+            "PREFLIGHT": "no", "DIST_LARS_DATA": f"{tmp_path}/images", **extra,
         }  # fmt: skip
         env["PATH"] = f"{tmp_path}/bin:{env['PATH']}"
-        words = ["bash", str(tmp_path / "slurm/resnet18_8k.sbatch"), "--epochs", "3"]
+        words = ["bash", str(tmp_path / "slurm/resnet18_8k.sbatch"), "--epochs", "3", *options]
         done = subprocess.run(words, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=60)
         log = tmp_path / "calls"
         return done.stdout + done.stderr, log.read_text().splitlines() if log.exists() else []
@@ -131,7 +133,7 @@ def test_srun_gets_the_cores_the_ranks_and_the_network(calls):
 
 def test_apptainer_stands_between_launcher_and_python(calls, tmp_path):
     output, lines = calls(LAUNCHER="mpirun", CONTAINER="dist_lars.sif", CONTAINER_ARGS="--bind /scratch")
-    inside = f"exec --bind {tmp_path},/data --pwd {tmp_path} --nv --bind /scratch dist_lars.sif"
+    inside = f"exec --bind {tmp_path},{tmp_path}/images --pwd {tmp_path} --nv --bind /scratch dist_lars.sif"
     assert lines[0].startswith(
         f"apptainer {inside} python -m dist_lars.train --preset resnet18_8k --epochs 3 --dry_run"
     )
@@ -142,13 +144,36 @@ def test_apptainer_stands_between_launcher_and_python(calls, tmp_path):
 
 def test_pyxis_is_an_option_of_srun(calls, tmp_path):
     lines = [line for line in calls(CONTAINER="centre#dist_lars:1")[1] if line.startswith("srun")]
-    image = f"--container-image=centre#dist_lars:1 --container-mounts={tmp_path}:{tmp_path},/data:/data"
+    image = (
+        f"--container-image=centre#dist_lars:1 --container-mounts={tmp_path}:{tmp_path},{tmp_path}/images:{tmp_path}"
+    )
     assert all(image in line for line in lines)
     assert "--overlap" in lines[0]
     assert "--dry_run --world_size 8" in lines[0]
     assert TRAIN in lines[1]
+    # Pyxis would look for a word without / on Docker Hub, and of two lists of mounts it reads the last.
+    line = calls(CONTAINER="x.sqsh", CONTAINER_ARGS="--container-mounts=/scratch:/scratch --no-container-entrypoint")[
+        1
+    ][-1]
+    assert "--container-image=./x.sqsh" in line
+    assert re.findall(r"--container-mounts=\S+images,/scratch:/scratch ", line)
+    assert line.count("--container-mounts") == 1
+    assert "--no-container-entrypoint" in line
     output, lines = calls(CONTAINER="x.sqsh", LAUNCHER="mpirun")
     assert "works with LAUNCHER=srun, not mpirun" in output
+
+
+def test_a_container_sees_every_folder_of_the_run(calls, tmp_path):
+    """Those that exist: of another the checks tell more than Apptainer would."""
+    place = str(tmp_path / "elsewhere")
+    bound = lambda *options, **extra: re.search(  # noqa: E731
+        r"--bind (\S+)", calls(*options, CONTAINER="x.sif", LAUNCHER="srun", **extra)[1][-1]
+    )[1].split(",")
+    assert bound("--data.path", place, DIST_LARS_DATA="/nowhere") == [str(tmp_path), place]
+    assert bound(f"--data.path={place}", DIST_LARS_DATA="") == [str(tmp_path), place]
+    assert bound(RUN_DIR=f"{place}/run", DIST_LARS_DATA="") == [str(tmp_path), place]
+    assert bound(STAGE=place, DIST_LARS_DATA="") == [str(tmp_path), place]
+    assert bound(STAGE="$SLURM_TMPDIR", DIST_LARS_DATA=place) == [str(tmp_path), place]
 
 
 def test_staging_is_left_to_the_nodes(calls):
@@ -159,7 +184,7 @@ def test_staging_is_left_to_the_nodes(calls):
 
 # Of each block of site.example.sh, by its number: variables of a site that it needs, and what it must lead to.
 SITES = {
-    "1": ({}, "module load gcc/12 openmpi/5.0 cuda/13.0", "srun --nodes=2", "nccl=ib0"),
+    "1": ({}, "module load gcc/12 cuda/13.0", "srun --nodes=2", "nccl=ib0"),
     "2": ({}, "module load apptainer", "--nv --bind /scratch /project/images/dist_lars.sif python -m dist_lars.train",
           "ranks=8"),
     "3": ({"CRAY_LD_LIBRARY_PATH": "/opt/cray"}, "module load PrgEnv-gnu", "--mpi=cray_shasta", "nccl=hsn0"),
@@ -189,6 +214,19 @@ def test_the_environment_of_sbatch_comes_before_the_site_file(calls, tmp_path):
     _, (line,) = calls(LAUNCHER="mpirun")
     assert line.startswith("mpirun -np 8")
     assert line.endswith("nccl=ib7")
+
+
+def test_the_functions_of_a_site_may_read_what_nobody_has_set(calls, tmp_path):
+    (tmp_path / "slurm/site.sh").write_text('module() { echo "$LMOD_NEVER_SET"; }\nmodule load gcc\n')
+    assert calls(LAUNCHER="srun")[1][-1].startswith("srun")
+    (tmp_path / "slurm/site.sh").write_text("false\n")  # a module that is not there
+    before = len(calls()[1])
+    assert len(calls()[1]) == before
+
+
+def test_an_array_task_is_told_how_to_go_on(calls):
+    output, _ = calls(LAUNCHER="srun", SLURM_ARRAY_JOB_ID="5", SLURM_ARRAY_TASK_ID="2")
+    assert "RUN_DIR=runs/job-5_2 sbatch ... with the same template and options, --seed 2 in place of --array" in output
 
 
 @pytest.mark.parametrize(

@@ -167,12 +167,26 @@ def test_a_study_with_a_mistake_is_refused_before_anything_runs(tmp_path, change
 
 
 def test_own_images_bring_their_own_options_and_records(tmp_path):
-    study(tmp_path, on_path={"base": {"data.kind": "folder", "model.name": "resnet18"}, "select": {"epochs": 9}})
+    base = {"data.kind": "folder", "model.name": "resnet18", "epochs": 18}
+    study(tmp_path, on_path={"base": base, "select": {"epochs": 9}})
     own = study_grid.load(tmp_path / "tiny.yaml", True, {"data.path": "/data/imagenet"})
     assert own.name == "tiny-own"
     assert study_grid.cells(own)[0].options["model.name"] == "resnet18"
     assert study_grid.runs(own, {})[0].plan().epochs == 9
     assert study_grid.load(tmp_path / "tiny.yaml").name == "tiny"
+
+
+def test_an_option_that_cells_differ_in_is_refused_on_the_command_line(tmp_path):
+    """The cell's own would win, without a word."""
+    study(tmp_path)
+    with pytest.raises(UserError, match="--optim.name is what cells of the study differ in"):
+        study_grid.load(tmp_path / "tiny.yaml", overrides={"optim.name": "lars"})
+
+
+def test_a_study_made_shorter_has_shorter_sweeps(tmp_path):
+    study(tmp_path)
+    short = study_grid.load(tmp_path / "tiny.yaml", overrides={"epochs": 1})
+    assert {run.plan().epochs for run in study_grid.runs(short, {})} == {1}
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.stem)

@@ -172,7 +172,7 @@ def test_a_line_is_stored_once_and_machines_once(tmp_path):
     assert [line["kind"] for line in store.lines()] == ["study", "machine", "run", "run"]
     assert list(store.runs()) == ["a", "b"]
     assert {run["on"] for run in store.runs().values()} == {store.lines()[1]["id"]}
-    assert [p.name for p in tmp_path.iterdir()] == ["study-x.jsonl"]  # nothing of the writing is left behind
+    assert {p.name for p in tmp_path.iterdir()} == {"study-x.jsonl", ".study-x.lock"}  # nothing of the writing is left
 
 
 def test_many_writers_lose_nothing(tmp_path):
