@@ -228,6 +228,10 @@ def _explained(error: Exception, stream: Any) -> Exception:
     gone = [w for w in workers if w.exitcode]
     if not gone:
         return error
+    # torch would end the others by way of a lock that the dead one may hold, and wait for it for ever.
+    stream._shutdown = True
+    for worker in workers:
+        worker.kill()
     code = gone[0].exitcode
     if code > 0:
         return UserError(

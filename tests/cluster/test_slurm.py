@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import time
@@ -13,7 +14,7 @@ import torch
 
 from dist_lars import checkpoint, runlog
 from tests.cluster.slurm import Job, until
-from tests.conftest import ROOT
+from tests.conftest import ROOT, environment
 
 pytestmark = pytest.mark.cluster
 TEMPLATE = "resnet18_8k"
@@ -267,6 +268,45 @@ def test_an_array_job_trains_one_seed_per_task(submit, slurm, runs):
         assert start["plan"]["world_size"] == 1
 
 
+def test_an_array_task_under_mpirun_is_warned_and_goes_on(submit, slurm, runs, long_reference):
+    """As under srun, with the preflight before each start; the task's seed is that of the reference."""
+    job = submit(TEMPLATE, "--array=0", run=LONG, LAUNCHER="mpirun")
+    job.number += "_0"
+    run_dir = runs / f"{TEMPLATE}-{job.number}"
+    job.until((run_dir / "preflight.json").exists, "the preflight, on a network as it should be")
+    slurm.net["n2"].limit("6mbit")  # and then time to do something to the run
+    try:
+        job.until(lambda: checkpoint.newest_good(run_dir)[0], "a checkpoint")
+        slurm.on("scancel", "--batch", "--signal=USR2", job.number)
+        job.until(lambda: "asked to stop" in job.log(), "the warning")
+    finally:
+        slurm.net["n2"].limit(None)
+    job.restart()
+    log = job.completes()
+    assert log.count("preflight by mpirun") == 2
+    assert f"requeued as job {job.number}" in log
+    steps = starts(run_dir)
+    assert steps[0] == 0
+    assert 10 <= steps[1] < 320
+    same_weights(run_dir, long_reference)
+
+
+def test_a_centre_that_hands_on_no_environment(slurm, images, runs):
+    """sbatch --export=NONE, as some make it the default: what the job needs stands in the site file."""
+    from tests.cluster.conftest import SMALL_JOB, SMALL_RUN
+
+    told = environment(DIST_LARS_DATA=str(images), LAUNCHER="srun", PREFLIGHT="no")
+    names = ("PATH", "PYTHONPATH", "DIST_LARS_DATA", "LAUNCHER", "PREFLIGHT")
+    site = slurm.work / "slurm/site.sh"
+    site.write_text("".join(f"export {name}={shlex.quote(told[name])}\n" for name in names))
+    try:
+        job = slurm.submit(TEMPLATE, "--export=NONE", *SMALL_JOB, run=SMALL_RUN)
+        job.completes()
+    finally:
+        site.unlink()
+    assert runlog.read(runs / f"{TEMPLATE}-{job.number}", "start")[0]["hosts"] == ["n1", "n2"]
+
+
 def test_missing_data_are_refused_in_seconds(submit, runs, tmp_path):
     for path, words in (("", "no data: name an image folder"), (str(tmp_path / "no"), "not visible on any node")):
         job = submit(TEMPLATE, LAUNCHER="srun", DIST_LARS_DATA=path)
@@ -352,3 +392,4 @@ def test_slurm_refuses_what_it_does_not_have(slurm):
 def test_nothing_is_left_running(slurm):
     until(lambda: not slurm.on("squeue", "-h"), "an empty queue")
     until(lambda: not slurm.leftovers(), "the end of all processes")
+    assert slurm.leftovers() == {}

@@ -68,7 +68,7 @@ def options() -> list[str]:
 def test_the_option_exists(name):
     others = {"help", "preset", "config", "dry_run", "world_size", "json", "list_presets", "gloo", "checkpoint", "size"}
     # Of benchmarks.study, doctor, sbatch.
-    others |= {"array", "launch", "list", "report", "workers", "records", "cluster", "test"}
+    others |= {"array", "launch", "list", "report", "workers", "records", "cluster", "test", "export"}
     assert name in LEAVES or name in others
 
 

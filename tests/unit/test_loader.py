@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import re
 import shutil
 import signal
 import subprocess
@@ -28,7 +29,7 @@ from dist_lars.data.cache import Remembered
 from dist_lars.data.loader import KEPT
 from dist_lars.data.stage import advice
 from dist_lars.errors import UserError
-from tests.conftest import kept
+from tests.conftest import kept, run_command
 
 OPTIONS = {"seed": 0, "image_size": 16, "resize": 20, "min_scale": 0.5, "flip": True}
 ORDER = TrainOrder(24, 0, 0, 1, global_batch=8, micro_batch=4, start=0, stop=9)
@@ -130,6 +131,34 @@ def test_a_dead_worker_is_an_error_that_names_its_cause(end):
         for _ in stream:
             pass
     assert time.monotonic() - began < 20
+
+
+LOCKED = """
+import os, signal
+from dist_lars.data import TrainOrder, batches, synthetic_sets
+from dist_lars.errors import UserError
+if __name__ == "__main__":
+    images = synthetic_sets(train=10_000, val=1, classes=2, image_size=16, seed=0).train
+    stream = iter(batches(images, TrainOrder(10_000, 0, 0, 1, 4, 4, 0, 2500), 2, pin=False))
+    next(stream)
+    torchs = stream.gi_frame.f_locals["stream"]
+    torchs._workers_done_event._cond.acquire()  # as the worker does now and then, and so when it is killed then
+    os.kill(torchs._workers[0].pid, signal.SIGKILL)
+    try:
+        for _ in stream:
+            pass
+    except UserError as e:
+        print(e)
+    del torchs, stream
+    print("the end")
+"""
+
+
+def test_a_worker_that_dies_with_a_lock_hangs_nobody(tmp_path):
+    (tmp_path / "locked.py").write_text(LOCKED)
+    done = run_command([sys.executable, "locked.py"], 60, cwd=tmp_path)
+    assert re.search(r"loader worker \d+ was killed by SIGKILL.*\nthe end$", done.stdout.strip(), re.S), done.stdout
+    assert done.returncode == 0
 
 
 PARENT = """
