@@ -158,7 +158,8 @@ def command() -> str:
     """The command line as a user would type it, with the folders taken off absolute paths."""
     module = getattr(sys.modules["__main__"], "__spec__", None)
     program = f"python -m {module.name}" if module else Path(sys.argv[0]).name
-    words = [_without_folders(a) for a in sys.argv[1:]]
+    given = [word for a in sys.argv[1:] for word in (a.split("=", 1) if a.startswith("--hosts=") else [a])]
+    words = [_without_folders(a) for a in given]
     if "--hosts" in words[:-1]:
         at = words.index("--hosts") + 1
         words[at] = ",".join(re.sub("^[^:]+", f"host{i}", host) for i, host in enumerate(words[at].split(","), 1))

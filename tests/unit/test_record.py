@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 import time
 from pathlib import Path
 
@@ -79,6 +80,12 @@ def test_record_is_read_back_and_says_where_it_was_measured(tmp_path: Path, monk
     assert "secret-host" not in text
     assert "/home/" not in text
     assert os.uname().nodename not in text
+
+
+@pytest.mark.parametrize("words", [["--hosts", "secret1:2,secret2:2"], ["--hosts=secret1:2,secret2:2"]])
+def test_a_command_names_no_hosts(monkeypatch: pytest.MonkeyPatch, words: list[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["x", *words, "--batch", "4"])
+    assert record.command().endswith("--hosts host1:2,host2:2 --batch 4")
 
 
 def test_paths_are_shortened_and_other_words_are_not() -> None:
