@@ -27,7 +27,9 @@ from dist_lars.cli import make_parser, normalise
 from dist_lars.config import data_path, from_flat
 from dist_lars.data.folder import split_folders
 from dist_lars.errors import UserError
+from dist_lars.launchers import expected_ranks
 from dist_lars.locks import lock
+from dist_lars.plan import make_plan, planned_images
 from dist_lars.resources import cores, pick_autocast, pick_device
 from dist_lars.runlog import read_status
 from dist_lars.stopping import EXIT_STOPPED
@@ -47,7 +49,7 @@ def main(argv: list[str] | None = None) -> None:
             print(study_report.to_do(study, store.runs()))
             return
         if not args.report:
-            refuse_missing_images(study)
+            refuse_what_cannot_run(study)
         code = 0 if args.report else Runner(study, store, args).go()
         if store.runs():
             print(study_report.write(study, store))
@@ -57,11 +59,20 @@ def main(argv: list[str] | None = None) -> None:
     raise SystemExit(code)
 
 
-def refuse_missing_images(study: study_grid.Study) -> None:
-    """Say that the image folder is not there once and now, not in the log of each run."""
-    for config in (from_flat(cell.options) for cell in study_grid.cells(study)):
+def refuse_what_cannot_run(study: study_grid.Study) -> None:
+    """Say once and now, not in the log of each run, that images are missing, or that ranks do not share a batch.
+
+    $DIST_LARS_RANKS says how many ranks there will be, as slurm/study.sbatch sets it.
+    """
+    ranks, _ = expected_ranks({"DIST_LARS_RANKS": os.environ.get("DIST_LARS_RANKS", "")})
+    for cell in study_grid.cells(study):
+        config = from_flat(cell.options)
         if path := data_path(config):
             split_folders(path, config.data.val)
+        try:
+            make_plan(config, ranks or 1, *planned_images(config))
+        except UserError as e:
+            raise UserError(f"{cell.key}: {e}") from e
 
 
 def parse(argv: list[str]) -> tuple[argparse.Namespace, dict[str, Any]]:
@@ -178,7 +189,7 @@ class Runner:
     def _claim(self, run: study_grid.Run) -> bool:
         """Lock a run, against other processes too; the trainer inherits the lock, which ends with the last of us."""
         try:
-            held = lock(self.work / f"{run.id}.lock")
+            held = lock(self.work / f"{run.id}.lock", needed=self.args.of > 1)
         except BlockingIOError:
             return False
         if run.id in self.store.runs():  # another process has finished it since we looked
@@ -217,9 +228,10 @@ class Runner:
 
     def _launch(self, words: list[str], run: study_grid.Run) -> tuple[int, float]:
         """Exit code, and seconds of CPU that the process and its children took."""
-        threads = max(1, cores() // self.args.workers)
         root = str(Path(__file__).parent.parent)
-        env = {"OMP_NUM_THREADS": str(threads), **os.environ}
+        env = dict(os.environ)
+        if not self.args.launch:  # ranks share the cores of their nodes themselves
+            env.setdefault("OMP_NUM_THREADS", str(max(1, cores() // self.args.workers)))
         env["PYTHONPATH"] = os.pathsep.join([root, *filter(None, [env.get("PYTHONPATH")])])
         with (self.work / f"{run.id}.log").open("a") as log:
             process = subprocess.Popen(

@@ -69,6 +69,16 @@ def scaling_passes() -> str:
     return scaling("scaling_passes", "--name scaling_passes --carriers horovod --accumulation 4,16 --batch 16")
 
 
+def scaling_strong() -> str:
+    """One batch shared by the ranks."""
+    return scaling("scaling_strong", "--name scaling_strong --mode strong --batch 64 --image_size 112")
+
+
+def scaling_real() -> str:
+    """With images that are read, decoded and augmented."""
+    return scaling("scaling_real", "--name scaling_real --images DIR")
+
+
 def scaling(name: str, command: str) -> str:
     """The rows of a sweep."""
     rows = _rows(name)
@@ -113,12 +123,18 @@ def tune() -> str:
 
 
 def overlap() -> str:
-    """What of ResNet-18's communication is exposed."""
-    body = _record("step_resnet18")
-    if body is None:
+    """What of the communication is exposed."""
+    found = [body for name in ("step_resnet18", "step_alexnet") if (body := _record(name))]
+    if not found:
         return "Not measured yet: `python -m benchmarks.step`."
-    cells = {k: v for k, v in body["overlap"].items() if k != "steps" and not isinstance(v, list)}
-    return show.markdown([cells]) + _link("step_resnet18")
+    rows = [
+        {
+            "model": body["model"],
+            **{k: v for k, v in body["overlap"].items() if k != "steps" and not isinstance(v, list)},
+        }
+        for body in found
+    ]
+    return show.markdown(rows) + "".join(_link(f"step_{body['model']}") for body in found)
 
 
 TABLES: Mapping[str, Callable[[], str]] = {
@@ -131,6 +147,8 @@ TABLES: Mapping[str, Callable[[], str]] = {
         scaling_alexnet,
         scaling_wire,
         scaling_passes,
+        scaling_strong,
+        scaling_real,
         allreduce,
         overlap,
         tune,

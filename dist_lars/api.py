@@ -156,6 +156,7 @@ def make_optimizer(config: Config, model: nn.Module, lr: float) -> torch.optim.O
         weight_decay=o.weight_decay,
         law=o.law,
         trust_coefficient=o.trust_coefficient,
+        min_norm=o.min_norm,
     )
 
 

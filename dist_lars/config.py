@@ -97,6 +97,7 @@ class Optim:
     momentum: float = option(0.9, "momentum of lars, sgd and nesterov")
     weight_decay: float = option(5e-4, "weight decay, coupled (adamw: decoupled)")
     trust_coefficient: float = option(0.001, "LARS: share of ||w|| that one step at rate 1 may move")
+    min_norm: float | None = option(None, "LARS: ratio 1 where ||w|| is below this (default: what the law says)")
     exclude_from_adaptation: Literal["none", "bn_bias"] | None = option(
         None, "parameters without a trust ratio (default: what the law says)"
     )
@@ -311,6 +312,8 @@ def unknown(key: str, known: list[str]) -> NoReturn:
     """Refuse an option name, naming the nearest ones."""
     close = difflib.get_close_matches(key, known, n=3, cutoff=0.5)
     last = key.rpartition(".")[2]
+    short = "".join(word[:1] for word in last.split("_"))  # learning_rate, which is lr here
+    close = [k for k in known if k.rpartition(".")[2] == short and "_" in last] + close
     close += [k for k in known if k.rpartition(".")[2] == last and k not in close]
     hint = f"; did you mean {' or '.join(close[:3])}?" if close else "; --help lists all options"
     raise UserError(f"unknown option {key!r}{hint}")

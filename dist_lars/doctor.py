@@ -134,11 +134,12 @@ def check_ranks(name: str, words: list[str]) -> Check:
 
 
 def foreign_library(loaded: Iterable[str]) -> str | None:
-    """A libmpi that comes from elsewhere than the environment; a site's MPI may lie anywhere."""
+    """A libmpi that comes from elsewhere than the environment, in place of its own; a site's MPI may lie anywhere."""
     if (installed_build() or {}).get("mpi_home"):
         return None
-    prefix = Path(sys.prefix).resolve()
-    return next((path for path in loaded if not Path(path).resolve().is_relative_to(prefix)), None)
+    prefix, found = Path(sys.prefix).resolve(), list(loaded)
+    own = [path for path in found if Path(path).resolve().is_relative_to(prefix)]
+    return None if own else next(iter(found), None)
 
 
 def run_ranks(words: list[str]) -> tuple[int | None, str]:

@@ -11,7 +11,6 @@ and another launcher may help.
 from __future__ import annotations
 
 import os
-import socket
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -23,6 +22,7 @@ from dist_lars import doctor_verdict as verdict
 from dist_lars.cli import fail, is_first_process, make_parser, parse
 from dist_lars.config import Config, data_path
 from dist_lars.doctor_host import Check, as_json, check_decoder, check_torch
+from dist_lars.doctor_reach import host_name
 from dist_lars.doctor_roll import EXIT_APART, EXIT_SICK, IMPORTING, Deadline, Roll
 from dist_lars.doctor_verdict import Facts, Link
 from dist_lars.errors import UserError
@@ -81,8 +81,8 @@ def examine(config: Config, roll: Roll, json: bool = False, clock: Callable[[], 
     try:
         checks, table = compare(config, comm, roll, clock, change)
     except Exception as e:  # whatever is wrong here, the others must not wait for this rank
-        text = f"rank {comm.rank} on {socket.gethostname()} failed while {roll.stage}: {type(e).__name__}: {e}"
-        roll.conclude([verdict.fail("progress", text, verdict.exclude([socket.gethostname()]))])
+        text = f"rank {comm.rank} on {host_name()} failed while {roll.stage}: {type(e).__name__}: {e}"
+        roll.conclude([verdict.fail("progress", text, verdict.exclude([host_name()]))])
         leave(f"error: {text}", EXIT_SICK)
     if comm.rank == 0:
         print(as_json(checks) if json else report(table, checks), flush=True)
@@ -124,8 +124,8 @@ def check_alone(roll: Roll) -> None:
         check = look()
         if check.status == "FAIL":
             roll.conclude([check])
-            line = f"{check.name}: {check.value}\n  -> {check.fix}, or {verdict.exclude([socket.gethostname()])}"
-            leave(f"error: {socket.gethostname()} cannot train: {line}", EXIT_SICK)
+            line = f"{check.name}: {check.value}\n  -> {check.fix}, or {verdict.exclude([host_name()])}"
+            leave(f"error: {host_name()} cannot train: {line}", EXIT_SICK)
 
 
 def leave(text: str, code: int) -> NoReturn:

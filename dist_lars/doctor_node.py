@@ -18,8 +18,10 @@ from dist_lars.data.shards import is_packed, read_meta
 from dist_lars.data.stage import expand
 from dist_lars.doctor import foreign_library, libmpi
 from dist_lars.doctor_host import version
+from dist_lars.doctor_reach import host_name
 from dist_lars.doctor_verdict import Facts, Place
 from dist_lars.errors import UserError
+from dist_lars.inputs import stage_place
 from dist_lars.resources import own_cores
 
 
@@ -30,9 +32,10 @@ def collect(comm: Any, config: Config, device: Any, run_dir: Path | None) -> Fac
     gpu = device.type == "cuda"
     properties = torch.cuda.get_device_properties(device) if gpu else None
     leads = comm.local_rank == 0
+    unseen, fault = look_at_data(config) if leads else ("", "")
     return Facts(
         rank=comm.rank,
-        host=socket.gethostname(),
+        host=host_name(),
         local_rank=comm.local_rank,
         local_size=comm.local_size,
         device=properties.name if properties else "cpu",
@@ -46,7 +49,8 @@ def collect(comm: Any, config: Config, device: Any, run_dir: Path | None) -> Fac
         foreign_mpi=foreign_library(libmpi()) or "",
         versions=versions(torch),
         places=tuple(places(config, run_dir)) if leads else (),
-        data=unseen_data(config) if leads else "",
+        data=unseen,
+        data_fault=fault,
     )
 
 
@@ -92,11 +96,11 @@ def places(config: Config, run_dir: Path | None) -> list[Place]:
     found = [probe("scratch", os.environ.get("TMPDIR") or "/tmp"), probe("shared memory", "/dev/shm")]
     if run_dir is not None:
         found.append(probe("run directory", str(run_dir)))
-    if config.data.stage:
+    if place := stage_place(config):
         try:
-            found.append(probe("staging", expand(config.data.stage)))
+            found.append(probe("staging", expand(place)))
         except UserError as e:
-            found.append(Place("staging", config.data.stage, str(e)))
+            found.append(Place("staging", place, str(e)))
     return found
 
 
@@ -129,21 +133,25 @@ def _why(error: OSError, folder: Path) -> str:
     return text
 
 
-def unseen_data(config: Config) -> str:
-    """Why this node cannot read the images; "" when it can. Looks at the folders' first entries, lists nothing."""
+def look_at_data(config: Config) -> tuple[str, str]:
+    """(why this node cannot see the images, or what is wrong with them), "" when they are fine.
+
+    Looks at the folders' first entries, lists nothing.
+    """
     path = data_path(config)
     if path is None:
-        return ""
+        return "", ""
     try:
+        Path(path, "train").stat()
         for folder in split_folders(path, config.data.val):
             if is_packed(folder):
                 (Path(folder) / read_meta(folder)["shards"][0]["name"]).open("rb").close()
-            elif config.data.stage:
-                return f"{folder} is an image folder, and data.stage copies packed shards: python -m dist_lars.pack"
+            elif stage_place(config):
+                return "", f"{folder} is an image folder, and data.stage copies packed shards: python -m dist_lars.pack"
             elif next(os.scandir(folder), None) is None:
-                return f"{folder} is empty"
+                return "", f"{folder} is empty"
     except OSError as e:
-        return f"{e.filename or path}: {e.strerror}"
+        return f"{e.filename or path}: {e.strerror}", ""
     except UserError as e:
-        return str(e)
-    return ""
+        return "", str(e)
+    return "", ""

@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 import psutil
 
+from dist_lars.launchers import launcher_of
+
 CONNECT = 1.5  # seconds; between healthy nodes it takes a thousandth of that
 ASKED = 16  # other hosts that each tries, the next ones in order: processes may have 1,024 files
 WAITING = 4096  # connections that are never accepted: the kernel answers all the same
@@ -24,21 +26,27 @@ class Door(NamedTuple):
     port: int
 
 
+def host_name() -> str:
+    """This node as SLURM calls it, where srun started this process, else as it calls itself."""
+    own = os.environ.get("SLURMD_NODENAME") if launcher_of(os.environ) == "srun" else None
+    return own or socket.gethostname()
+
+
 def open_door() -> tuple[socket.socket, Door]:
     """Listen; the socket is to be kept."""
     listener = socket.socket()
     listener.bind(("", 0))
     listener.listen(WAITING)
-    return listener, Door(
-        socket.gethostname(), addresses(os.environ.get("HOROVOD_GLOO_IFACE")), listener.getsockname()[1]
-    )
+    return listener, Door(host_name(), addresses(os.environ.get("HOROVOD_GLOO_IFACE")), listener.getsockname()[1])
 
 
 def addresses(interface: str | None) -> list[str]:
-    """The IPv4 addresses of this host that other hosts may use; only those of `interface` where one is named."""
+    """The IPv4 addresses of this host that others may use; only those of `interface` ("ib0,ib1") if it is named."""
+    states = psutil.net_if_stats()
+    up = [name for name in psutil.net_if_addrs() if name in states and states[name].isup]
     found = [
         IPv4Interface(f"{a.address}/{a.netmask}")
-        for name, own in psutil.net_if_addrs().items() if interface in (None, "", name)
+        for name, own in psutil.net_if_addrs().items() if name in (interface.split(",") if interface else up)
         for a in own if a.family == socket.AF_INET
     ]  # fmt: skip
     return [str(a) for a in found if not (a.is_loopback or a.is_link_local)]
@@ -63,7 +71,8 @@ def unreached(own: Door, doors: Iterable[Door]) -> dict[str, str]:
     time.sleep(CONNECT)
     silent = {host: [a for a, s in sockets.items() if not _answered(s)] for host, sockets in tried.items()}
     bad = {host: bool(own) and (needed[host] or len(own) == len(tried[host])) for host, own in silent.items()}
-    return {host: own[0] if bad[host] else "" for host, own in silent.items()}
+    found = {host: own[0] if bad[host] else "" for host, own in silent.items()}
+    return found | {host: "no address" for host in next_ones if own.addresses and not others[host].addresses}
 
 
 def _knock(address: IPv4Interface, port: int) -> socket.socket:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import socket
 import sys
@@ -16,15 +17,16 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dist_lars.doctor_host import Check, as_json
-from dist_lars.doctor_reach import Door, cut_off, open_door, unreached
+from dist_lars.doctor_reach import Door, cut_off, host_name, open_door, unreached
 from dist_lars.doctor_verdict import exclude, fail, some, spans
-from dist_lars.launchers import expected_ranks, host_names
+from dist_lars.launchers import expected_ranks, host_names, launcher_of
 
 EXIT_SICK = 3  # a check failed: no other launcher would help
 EXIT_APART = 4  # the ranks do not find each other: another launcher may
 VERDICT = "preflight.json"
 IMPORTING = "importing torch"  # a stage: thousands of files, from wherever the environment lies
-ANSWER = 4.0  # seconds that the ranks are given to answer when the time is up
+ANSWER = 5.0  # seconds that the ranks are given to answer when the time is up for the first of them
+OVER = "over"  # a file: it is up
 
 
 class Stand(NamedTuple):
@@ -46,7 +48,9 @@ class Roll:
 
     def __init__(self, run_dir: Path | None, rank: int) -> None:
         self.run_dir, self.rank, self.stage = run_dir, rank, ""
-        self.folder = run_dir / "preflight" if run_dir is not None else None
+        # One for each launch, so that nothing of an earlier one is taken for this one's.
+        launch = re.sub(r"\W", "_", os.environ.get("PMIX_NAMESPACE") or "launch")
+        self.folder = run_dir / "preflight" / launch if run_dir is not None else None
         self.listener, self.door = open_door()
         if run_dir is not None and self.folder is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -73,7 +77,7 @@ class Roll:
         """Write the verdict, unless another rank has; what follows the first failure is its consequence."""
         if self.run_dir is not None and self.folder is not None and not (self.run_dir / VERDICT).exists():
             _replace(self.run_dir / VERDICT, as_json(checks))
-            shutil.rmtree(self.folder, ignore_errors=True)
+            shutil.rmtree(self.folder.parent, ignore_errors=True)
 
 
 def _replace(path: Path, text: str) -> None:
@@ -87,16 +91,32 @@ class Deadline:
 
     def __init__(self, roll: Roll, seconds: float) -> None:
         self.roll, self.seconds = roll, seconds
-        self.timer = threading.Timer(seconds, self._end)
-        self.timer.daemon = True
+        self.done = threading.Event()
+        self.watch = threading.Thread(target=self._watch, daemon=True)
 
     def __enter__(self) -> None:
-        self.timer.start()
+        self.watch.start()
 
     def __exit__(self, *_: object) -> None:
-        self.timer.cancel()
+        self.done.set()
+
+    def _watch(self) -> None:
+        end = time.monotonic() + self.seconds
+        while not self.done.wait(1.0):
+            # Ranks do not start at the same moment: the first whose time is up asks the others, too.
+            if time.monotonic() > end or (self.roll.folder is not None and (self.roll.folder / OVER).exists()):
+                try:
+                    self._end()
+                finally:
+                    os._exit(EXIT_APART)
 
     def _end(self) -> None:
+        text = f"rank {self.roll.rank} on {host_name()} waited {self.seconds:.0f} s while {self.roll.stage}"
+        if self.roll.folder is None:
+            print(f"error: {text}; with --run_dir DIR it would say for whom", file=sys.stderr, flush=True)
+            return
+        with contextlib.suppress(FileNotFoundError):
+            (self.roll.folder / OVER).touch()
         self.roll.at(self.roll.stage, answers=True)
         began, called = time.monotonic(), self.roll.call()
         if self.roll.rank == min((r for r, stand in called.items() if stand.host == self.roll.door.host), default=-1):
@@ -104,8 +124,10 @@ class Deadline:
             self.roll.at(self.roll.stage, answers=True, unreached=unreached(self.roll.door, doors))
         # The first that is alive speaks, and the launcher ends all.
         time.sleep(max(0.0, began + ANSWER + 0.5 * min(self.roll.rank, 6) - time.monotonic()))
-        text = f"rank {self.roll.rank} on {socket.gethostname()} waited {self.seconds:.0f} s while {self.roll.stage}"
-        nodes = host_names(os.environ.get("SLURM_JOB_NODELIST", ""))
+        if self.roll.run_dir is not None and (self.roll.run_dir / VERDICT).exists():
+            os._exit(EXIT_SICK)  # another rank has spoken
+        mine = "SLURM_STEP_NODELIST" if launcher_of(os.environ) == "srun" else "SLURM_JOB_NODELIST"
+        nodes = host_names(os.environ.get(mine, ""))
         sick, reason, repair = behind(self.roll.call(), _launched(), nodes)
         print(f"error: {text}: {reason}\n  -> {repair}", file=sys.stderr, flush=True)
         if sick:
@@ -125,16 +147,22 @@ def behind(called: dict[int, Stand], launched: int, nodes: Sequence[str] = ()) -
     """(whether some ranks are worse than others, which, what to do); `nodes` are those of the job, if it is SLURM's."""
     if absent := [r for r in range(launched) if r not in called]:
         here = Counter(_short(stand.host) for stand in called.values())
-        if short := [node for node in nodes if here[_short(node)] < launched / len(nodes)]:
-            return True, f"rank {spans(absent)} never started, on {some(short)}", exclude(short)
+        known = [node for node in nodes if here[_short(node)]]
+        empty = [node for node in nodes if not here[_short(node)]]
+        fewer = [node for node in known if here[_short(node)] < -(-launched // len(nodes))]
+        if known and (empty or fewer):
+            return True, f"rank {spans(absent)} never started, on {some(empty or fewer)}", exclude(empty or fewer)
         hosts = some([stand.host for stand in called.values()], most=16)
         return True, f"rank {spans(absent)} never started", f"exclude the node of the job that is not among {hosts}"
     silent = [r for r, stand in called.items() if not stand.answers]
     stages = [[r for r in called if called[r].stage == stage] for stage in {s.stage for s in called.values()}]
     few = silent or min(stages, key=len)
-    if all(stand.stage == IMPORTING and stand.answers for stand in called.values()):
+    importing = [r for r, stand in called.items() if stand.stage == IMPORTING]
+    if importing and not silent:
+        who = "all ranks do" if len(importing) == len(called) else f"rank {spans(importing)} still is {IMPORTING}"
+        where = "" if len(importing) == len(called) else f" on {some([called[r].host for r in importing])}"
         fix = "try again, for the files may be in the nodes' memory now; or a container, which is one file (README.md)"
-        return False, "all ranks do: the environment lies on a slow file system", fix
+        return False, f"{who}{where}: the environment lies on a slow file system", fix
     lost = cut_off(stand.unreached for stand in called.values() if stand.unreached)
     if lost and not silent:
         text = " and ".join(f"{host} ({address})" for host, address in list(lost.items())[:8])

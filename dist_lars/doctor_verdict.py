@@ -50,6 +50,7 @@ class Facts:
     foreign_mpi: str = ""  # an MPI library that is loaded, but not the one that Horovod was built on
     places: tuple[Place, ...] = ()  # the first rank of a node looks for all
     data: str = ""  # "", or why the images cannot be seen from here
+    data_fault: str = ""  # "", or what is wrong with them
 
 
 class Link(NamedTuple):
@@ -152,7 +153,7 @@ def check_operations(facts: Sequence[Facts]) -> Check:
         return fail(name, words, "one environment or container for all nodes")
     if foreign := [f for f in facts if f.foreign_mpi]:
         where = some([f.host for f in foreign])
-        fix = "unset LD_LIBRARY_PATH, or unload its module in slurm/site.sh"
+        fix = "unset LD_LIBRARY_PATH and LD_PRELOAD, or unload its module in slurm/site.sh"
         return fail(name, f"loads {foreign[0].foreign_mpi} on {where}, not the MPI that it was built on", fix)
     if facts[0].device != "cpu" and "NCCL" not in facts[0].operations:
         fix = "HOROVOD_GPU_OPERATIONS=NCCL make install"
@@ -205,6 +206,10 @@ def check_places(facts: Sequence[Facts]) -> Check:
 def check_data(facts: Sequence[Facts]) -> Check:
     """The images can be seen from every node."""
     blind = [f for f in facts if f.data]
+    faults = {f.host: f.data_fault for f in facts if f.data_fault}
+    if faults and not blind:
+        where = "" if len(faults) == len(nodes(facts)) else f", says {some(list(faults))}"
+        return fail("data", f"{next(iter(faults.values()))}{where}", 'README.md, "Your own images"')
     if not blind:
         return Check("data", "ok", f"visible on {len(nodes(facts))} nodes")
     everywhere = len(blind) == len(nodes(facts))

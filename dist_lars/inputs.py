@@ -26,8 +26,8 @@ def open_sets(config: Config, comm: Comm, cores: int = 1) -> data.Sets:
         )
     path = str(_digits(comm, d.image_size) if d.kind == "digits" else data_path(config))
     indexes = share_indexes(comm, lambda: _listed(path, d.val, d.hold_out))
-    if d.stage and d.kind == "folder":  # others are made on the node, or hold nothing on a disk
-        indexes = [_staged(comm, index, d.stage) for index in indexes]
+    if place := stage_place(config):
+        indexes = [_staged(comm, index, place) for index in indexes]
     held = None
     if d.cache != "none":
         room = 0.5 * free_memory() / comm.local_size
@@ -45,6 +45,11 @@ def open_sets(config: Config, comm: Comm, cores: int = 1) -> data.Sets:
         max_skipped=d.max_skipped,
         remember=_remembers(d.cache_val, len(indexes[1]), d.image_size, comm),
     )
+
+
+def stage_place(config: Config) -> str | None:
+    """Where each node copies packed shards to; None where it is not asked for, or images do not come from a folder."""
+    return config.data.stage if config.data.kind == "folder" else None
 
 
 def _listed(path: str, val: str | None, share: float) -> tuple[data.Index, data.Index]:
@@ -88,7 +93,7 @@ def _staged(comm: Comm, index: data.Index, place: str) -> data.Index:
 
 def leave(config: Config, comm: Comm, sets: data.Sets) -> None:
     """Remove the copies of the shards where that was asked for; by one rank per node, when all have finished."""
-    if not config.data.stage or config.data.stage_keep:
+    if not stage_place(config) or config.data.stage_keep:
         return
     comm.barrier()
     for images in (sets.train, sets.val):

@@ -5,11 +5,14 @@ import sys
 from pathlib import Path
 from typing import IO, Any
 
+from dist_lars.errors import UserError
 
-def lock(path: Path, *, wait: bool = False) -> IO[Any]:
+
+def lock(path: Path, *, wait: bool = False, needed: bool = False) -> IO[Any]:
     """Lock a file, made if need be; raises `BlockingIOError` when another process holds it, or waits for that one.
 
-    Some shared file systems have no locks: there a warning is printed, and nothing keeps a second job away.
+    Some shared file systems have no locks: there a warning is printed, and nothing keeps a second job away; if the lock
+    is `needed`, `UserError` is raised.
     """
     file = path.open("w")
     try:
@@ -18,6 +21,12 @@ def lock(path: Path, *, wait: bool = False) -> IO[Any]:
         file.close()
         raise
     except OSError as e:
+        if needed:
+            file.close()
+            raise UserError(
+                f"{path.parent} is on a file system without locks ({e.strerror}), and several jobs cannot share it: "
+                f"choose another place"
+            ) from e
         print(
             f"warning: {path.parent} is on a file system without locks ({e.strerror}): "
             f"make sure that no other job uses it at the same time",

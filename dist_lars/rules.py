@@ -25,7 +25,7 @@ def check(c: "Config") -> None:
     }  # fmt: skip
     not_negative = {
         "seed": c.seed, "data.workers": c.data.workers or 0, "data.max_skipped": c.data.max_skipped,
-        "optim.weight_decay": c.optim.weight_decay,
+        "optim.weight_decay": c.optim.weight_decay, "optim.min_norm": c.optim.min_norm or 0.0,
         "schedule.warmup_epochs": c.schedule.warmup_epochs, "schedule.start_lr": c.schedule.start_lr,
         "schedule.end_lr": c.schedule.end_lr, "guard.max_skips": c.guard.max_skips,
         "comm.fusion_mb": c.comm.fusion_mb or 0, "comm.cache": c.comm.cache or 0,

@@ -8,7 +8,7 @@
 #   MPI_TYPE=pmix          what `srun --mpi=` takes here (srun --mpi=list)
 #   LAUNCHER_ARGS="..."    more options of the launcher
 #   CONTAINER=IMAGE        run in this image: a .sif file or docker:// by Apptainer, .sqsh or name#tag by Pyxis; it sees
-#                          the clone, RUN_DIR, DIST_LARS_DATA, --data.path and STAGE, if that is a plain folder's name
+#                          the clone, RUN_DIR, DIST_LARS_DATA, --data.path, TMPDIR, and STAGE if it is a plain name
 #   CONTAINER_ARGS="..."   more options of Apptainer, or of srun under Pyxis
 #   VENV=DIR               the environment (.venv in the clone), where there is no container
 #   STAGE=DIR              copy packed shards to this folder of each node first; '$SLURM_TMPDIR' is expanded there
@@ -75,7 +75,8 @@ if [ -z "$CONTAINER" ]; then
             "or name VENV or CONTAINER in slurm/site.sh"
 else
     # What the image must see; a folder that is missing here is left to the checks, which say so better.
-    folders=("${DIST_LARS_DATA:-}" "$(dirname "$RUN_DIR")" "${STAGE:-}") seen=$PWD
+    mkdir -p "$(dirname "$RUN_DIR")"
+    folders=("${DIST_LARS_DATA:-}" "$(dirname "$RUN_DIR")" "${STAGE:-}" "${TMPDIR:-}") seen=$PWD
     if [[ " $* " =~ \ --data\.path[=\ ]([^ ]+) ]]; then folders+=("${BASH_REMATCH[1]}"); fi
     for word in "${folders[@]}"; do
         if [[ $word = /* && ,$seen, != *,$word,* && -d $word ]]; then seen+=,$word; fi
@@ -203,17 +204,22 @@ again() {
 
 # --- the job ----------------------------------------------------------------------------------------------------------
 
+# Refuse what would waste the allocation.
+check_allocation() {
+    [ "$RESTARTS" -le "$MAX_REQUEUES" ] ||
+        refuse "job $JOB was restarted $RESTARTS times, by SLURM itself, and MAX_REQUEUES is $MAX_REQUEUES"
+    if [ "$GPUS" -gt 0 ] && [ "$GPUS" -ne "$PER_NODE" ]; then
+        refuse "$GPUS GPUs on each node, but $PER_NODE tasks: add --ntasks-per-node=$GPUS"
+    fi
+}
+
 train() {
     if [ -n "${SLURM_ARRAY_TASK_ID:-}" ] && [[ " $* " != *" --seed"* ]]; then
         set -- "$@" --seed "$SLURM_ARRAY_TASK_ID"
     fi
     if [ -n "${STAGE:-}" ]; then set -- "$@" --data.stage "$STAGE"; fi
     say "job $JOB on $NODES x $PER_NODE tasks ($SLURM_JOB_NODELIST), start $((RESTARTS + 1)): $*"
-    [ "$RESTARTS" -le "$MAX_REQUEUES" ] ||
-        refuse "job $JOB was restarted $RESTARTS times, by SLURM itself, and MAX_REQUEUES is $MAX_REQUEUES"
-    if [ "$GPUS" -gt 0 ] && [ "$GPUS" -ne "$PER_NODE" ]; then
-        refuse "$GPUS GPUs on each node, but $PER_NODE tasks: add --ntasks-per-node=$GPUS"
-    fi
+    check_allocation
     single python -m dist_lars.train "$@" --dry_run --world_size "$RANKS" || exit $?
 
     mkdir -p "$RUN_DIR"
@@ -233,9 +239,10 @@ train() {
 
 # preflight OPTIONS: examine the nodes, and find out which launcher makes one job of all ranks.
 preflight() {
-    local candidates=("$LAUNCHER") limit=() code=0
+    local candidates=("$LAUNCHER") limit=() seconds=90 code=0
     # Where the ranks wait for each other, both trials together take less than a minute.
-    if [ "$LAUNCHER" = auto ]; then candidates=(srun mpirun) limit=(--limit 25); fi
+    if [ "$LAUNCHER" = auto ]; then candidates=(srun mpirun) limit=(--limit 22); fi
+    if [ -n "$CONTAINER" ]; then seconds=600; fi # each node unpacks the image first
     LAUNCHER=${candidates[0]}
     if [ "${PREFLIGHT:-yes}" = no ]; then return; fi
     for LAUNCHER in "${candidates[@]}"; do
@@ -243,7 +250,7 @@ preflight() {
         rm -rf "$RUN_DIR/preflight" "$RUN_DIR/preflight.json"
         code=0
         # The examination ends itself within a minute, unless the launcher hangs.
-        PATIENCE="timeout --kill-after=10 90" attend launch "$LAUNCHER" \
+        PATIENCE="timeout --kill-after=10 $seconds" attend launch "$LAUNCHER" \
             python -m dist_lars.doctor --cluster "${limit[@]}" "$@" || code=$?
         if [ "$code" = 0 ]; then return; fi
         if [ -e "$RUN_DIR/preflight.json" ]; then break; fi # it found a fault, which another launcher would not mend

@@ -16,8 +16,8 @@ from dist_lars.optim.laws import LAWS
 # torch's fused kernels: on one CPU core its fused SGD takes 0.4 of the time of its foreach SGD
 # (benchmarks/records/optimizer.json), and they exist for every device that trains.
 _MAKERS: dict[str, Callable[..., Optimizer]] = {
-    "lars": lambda groups, *, law, momentum, nesterov, trust_coefficient, eps, **_: LARS(
-        groups, momentum=momentum, nesterov=nesterov, trust_coefficient=trust_coefficient, **_law(law, eps)
+    "lars": lambda groups, *, law, momentum, nesterov, trust_coefficient, eps, min_norm, **_: LARS(
+        groups, momentum=momentum, nesterov=nesterov, trust_coefficient=trust_coefficient, **_law(law, eps, min_norm)
     ),
     "lamb": lambda groups, *, betas, eps, **_: LAMB(groups, betas=betas, eps=_or(eps, 1e-6)),
     "sgd": lambda groups, **_: torch.optim.SGD(groups, fused=True),
@@ -41,6 +41,7 @@ def build(
     law: str = "default",
     trust_coefficient: float = 0.001,
     eps: float | None = None,
+    min_norm: float | None = None,
     betas: tuple[float, float] = (0.9, 0.999),
     nesterov: bool = False,
 ) -> Optimizer:
@@ -60,6 +61,7 @@ def build(
         law: one of `LAWS`.
         trust_coefficient: of LARS.
         eps: None for the law's or the optimizer's own.
+        min_norm: of LARS, the weight norm below which the ratio is 1; None for the law's own.
         betas: decay rates of the two moments.
         nesterov: look-ahead for LARS and `sgd_momentum`.
     """
@@ -75,14 +77,15 @@ def build(
         nesterov=nesterov,
         trust_coefficient=trust_coefficient,
         eps=eps,
+        min_norm=min_norm,
         betas=betas,
     )
 
 
-def _law(name: str, eps: float | None) -> dict[str, Any]:
+def _law(name: str, eps: float | None, min_norm: float | None) -> dict[str, Any]:
     law = LAWS[name]
     form = {"denominator": law.denominator, "lr_placement": law.lr_placement, "clip": law.clip}
-    return {**form, "min_norm": law.min_norm, "eps": _or(eps, law.eps)}
+    return {**form, "min_norm": _or(min_norm, law.min_norm), "eps": _or(eps, law.eps)}
 
 
 def _or(value: float | None, otherwise: float) -> float:

@@ -34,7 +34,7 @@ def test_a_node_without_network_is_named(tmp_path):
     """It sees the shared files and answers there, as a node does whose fast network alone is down."""
     with nodes.Network(tmp_path, ["a", "b", "c"], sshd=True) as net:
         net["a"].start(*examined(tmp_path, "--limit", "25"), log=tmp_path / "log", cwd=tmp_path)
-        until(lambda: len(list((tmp_path / "run/preflight").glob("rank*"))) == 3, "three ranks")
+        until(lambda: len(list((tmp_path / "run/preflight").rglob("rank*"))) == 3, "three ranks")
         net["b"].cut()
         until((tmp_path / "run/preflight.json").exists, "a verdict", 60)
     (check,) = json.loads((tmp_path / "run/preflight.json").read_text())

@@ -52,8 +52,9 @@ def test_a_run_goes_on_with_the_other_backend(command, image_folder, tmp_path, f
     assert losses[1] == pytest.approx({step: loss for step, loss in losses[0].items() if step > 4}, rel=1e-5)
 
 
-def test_a_signal_saves_under_torchrun_and_the_same_command_continues(command, image_folder, tmp_path):
-    """SIGTERM to torchrun reaches every rank, as at the end of a batch job."""
+@pytest.mark.parametrize("then", ["torch under torchrun", "horovod by MPI"])
+def test_a_signal_saves_under_torchrun_and_the_run_continues_there(command, image_folder, tmp_path, then):
+    """SIGTERM to torchrun reaches every rank, as at the end of a batch job; either backend goes on in the folder."""
     line = words("torch under torchrun", "--data.path", str(image_folder), "--run_dir", str(tmp_path / "r"))
     line[line.index("--epochs") + 1] = "40"
     with (tmp_path / "out.txt").open("w") as out:
@@ -66,6 +67,8 @@ def test_a_signal_saves_under_torchrun_and_the_same_command_continues(command, i
         assert job.wait(60) != 0
     status = runlog.read_status(tmp_path / "r")
     assert (status["state"], status["reason"].partition(" on")[0]) == ("stopped", "signal SIGTERM")
+    line[: line.index("python")] = words(then)[: words(then).index("python")]
+    line[line.index("--comm.backend") + 1] = CARRIERS[then][1]
     done = command(*line, timeout=150)
     assert done.returncode == 0, done.stdout[-3000:]
     assert f"continues at step {status['step']}\n" in done.stdout

@@ -21,7 +21,7 @@ def change(facts):
     """Each rank its own node, and the sick one's fault."""
     facts = dataclasses.replace(facts, host=f"node{rank}")
     if fault == "stop":
-        Deadline(roll, LIMIT).timer.start()
+        Deadline(roll, LIMIT).watch.start()
     if mine and fault == "version":
         return dataclasses.replace(facts, versions={**facts.versions, "torch": "1.0"})
     if mine and fault == "raise":

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import pytest
 
@@ -11,7 +12,7 @@ from dist_lars.config import Data
 from dist_lars.data.folder import index_folder
 from dist_lars.data.packing import Options, pack
 from dist_lars.doctor_host import Check
-from dist_lars.doctor_node import probe, source_digest, unseen_data
+from dist_lars.doctor_node import look_at_data, places, probe, source_digest
 from dist_lars.doctor_reach import Door, open_door, unreached
 from dist_lars.doctor_roll import Roll, Stand, behind
 from dist_lars.doctor_verdict import Facts, Link, Place
@@ -58,6 +59,7 @@ def test_512_equal_ranks_are_fine():
         ({"device": "GPU Z"}, "devices", ["GPU Z on n77 (rank 308)", "--constraint"]),
         ({"device_id": "same"}, "devices", ["share one GPU", "on n77", "--gpu-bind=none"]),
         ({"data": "/d/train: No such file or directory"}, "data", ["not visible on n77: /d/train", "--exclude=n77"]),
+        ({"data_fault": "/d/train is empty"}, "data", ["/d/train is empty, says n77 -> README.md"]),
         ({"places": (Place("scratch", "/tmp", "Permission denied"),)}, "scratch",
          ["scratch /tmp: Permission denied, on n77", "--exclude=n77"]),
         ({"places": (Place("run directory", "/r", "Disk quota exceeded"),)}, "scratch", ["on n77", "container"]),
@@ -152,29 +154,35 @@ def test_a_folder_that_cannot_be_written_says_why(tmp_path):
 
 
 def test_data_is_looked_for_where_the_run_would(tmp_path):
-    at = lambda path: unseen_data(Settings(data=Data(path=str(path))))  # noqa: E731
-    assert f"data folder {tmp_path}/no does not exist" in at(tmp_path / "no")
+    at = lambda path, **more: look_at_data(Settings(data=Data(path=str(path), **more)))  # noqa: E731
+    assert at(tmp_path / "no") == (f"{tmp_path}/no/train: No such file or directory", "")
     (tmp_path / "train").mkdir()
-    assert "no validation folder: looked for" in at(tmp_path)
+    assert "no validation folder: looked for" in at(tmp_path)[1]
     (tmp_path / "val" / "class").mkdir(parents=True)
-    assert f"{tmp_path}/train is empty" in at(tmp_path)
+    assert at(tmp_path) == ("", f"{tmp_path}/train is empty")
     (tmp_path / "train" / "class").mkdir()
-    assert at(tmp_path) == ""
-    staged = Settings(data=Data(path=str(tmp_path), stage="/local"))
-    assert "train is an image folder, and data.stage copies packed shards" in unseen_data(staged)
-    assert unseen_data(Settings(data=Data(kind="synthetic"))) == ""
+    assert at(tmp_path) == ("", "")
+    assert "train is an image folder, and data.stage copies packed shards" in at(tmp_path, stage="/local")[1]
+    assert at(tmp_path, stage="/local", kind="synthetic") == ("", "")
 
 
 def test_packed_shards_are_looked_at(tmp_path, image_folder):
     for part in ("train", "val"):
         pack(index_folder(str(image_folder / part)), str(tmp_path / part), Options(None, 90, 0.02), 1, lambda n: None)
     config = Settings(data=Data(path=str(tmp_path), stage="/local"))
-    assert unseen_data(config) == ""
+    assert look_at_data(config) == ("", "")
     shard = tmp_path / "val/shard-000000.tar"
     shard.rename(shard.with_suffix(".away"))
-    assert f"{shard}: No such file" in unseen_data(config)
-    (tmp_path / "train/shards.json").rename(tmp_path / "train/away")
-    assert unseen_data(config)
+    assert look_at_data(config) == (f"{shard}: No such file or directory", "")
+    (tmp_path / "train/shards.json").write_text("{}")
+    assert "pack again" in look_at_data(config)[1]
+
+
+def test_what_is_not_staged_needs_no_place():
+    config = Settings(data=Data(kind="digits", stage="$NEVER_SET"))
+    assert [place.what for place in places(config, None)] == ["scratch", "shared memory"]
+    config = Settings(data=Data(stage="$NEVER_SET"))
+    assert "the variable is not set" in places(config, None)[2].problem
 
 
 def test_another_checkout_has_another_digest(tmp_path):
@@ -195,10 +203,14 @@ def test_the_roll_names_who_is_behind(tmp_path):
     assert "slow file system" in behind(rolls[0].call(), 3)[1]
     rolls[0].at("reducing", answers=True)
     rolls[2].at("reducing", answers=True)
+    sick, text, _ = behind(rolls[2].call(), 3)
+    assert not sick  # a second try finds the files in its memory
+    assert re.match(r"rank 1 still is importing torch on \S+: the environment lies on a slow file system", text)
+    rolls[1].at("looking around", answers=True)
     sick, text, repair = behind(rolls[2].call(), 3)
     assert sick
     assert text.startswith("rank 1 on ")
-    assert text.endswith("stands at 'importing torch' while the others do not")
+    assert text.endswith("stands at 'looking around' while the others do not")
     assert "--exclude=" in repair
     rolls[1].at("reducing")
     assert "rank 1 on" in behind(rolls[2].call(), 3)[1]
@@ -213,8 +225,10 @@ def test_a_rank_that_never_started_has_a_node():
     """SLURM's list names the node, whether none or one of its ranks is missing, under long or short names."""
     called = dict([stand("n1.local", 0), stand("n1.local", 1), stand("n2.local", 2)])
     text, repair = behind(called, 6, ["n1", "n2", "n3"])[1:]
-    assert text == "rank 3-5 never started, on n2, n3"
-    assert "--exclude=n2,n3" in repair
+    assert text == "rank 3-5 never started, on n3"
+    assert "--exclude=n3" in repair
+    assert behind(called, 4, ["n1", "n2"])[1] == "rank 3 never started, on n2"
+    assert "not among n1.local, n2.local" in behind(called, 4, ["cloud-1", "cloud-2"])[2]  # SLURM's names are others
 
 
 def test_the_node_that_nobody_reaches_is_named():
@@ -242,6 +256,9 @@ def test_an_open_door_answers_and_a_closed_one_does_not():
     assert unreached(here, [here, there]) == {"there": ""}
     listener.close()
     assert unreached(here, [here, there]) == {"there": "127.0.0.1"}
+    listener, door = open_door()
+    with listener:
+        assert unreached(here, [Door("there", [], door.port)]) == {"there": "no address"}
     # On no network in common, one answer is enough; an address that both have is no way between them.
     listener, door = open_door()
     with listener:

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from dist_lars.errors import UserError
 from dist_lars.locks import lock
 
 HOLD = """
@@ -57,3 +58,5 @@ def test_a_file_system_without_locks_is_told_of(tmp_path, monkeypatch, capsys):
     with lock(tmp_path / "lock"):
         pass
     assert f"{tmp_path} is on a file system without locks (No locks available)" in capsys.readouterr().err
+    with pytest.raises(UserError, match="and several jobs cannot share it"):
+        lock(tmp_path / "x", needed=True)

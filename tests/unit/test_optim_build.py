@@ -70,6 +70,13 @@ def test_law_reaches_every_group_in_full(name: str) -> None:
         assert group["trust_coefficient"] == 0.02
 
 
+def test_a_value_of_ones_own_replaces_the_laws() -> None:
+    """Zero is a value, too."""
+    group = build("lars", groups(), lr=1.0, law="default", min_norm=0.0, eps=0.0).param_groups[0]
+    assert (group["min_norm"], group["eps"], group["denominator"]) == (0.0, 0.0, "norm_of_sum")
+    assert build("lars", groups(), lr=1.0, law="paper", min_norm=0.5).param_groups[0]["min_norm"] == 0.5
+
+
 def test_default_law_is_the_constructors_default() -> None:
     defaults = {k: v.default for k, v in inspect.signature(LARS).parameters.items()}
     law = LAWS["default"]

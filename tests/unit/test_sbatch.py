@@ -73,7 +73,7 @@ def test_every_variable_of_the_shared_file_is_documented():
     head, body = text.split("set -euo pipefail", 1)
     told = dict(re.findall(r"^#   ([A-Z_]+)=(\S+)", head, re.M))
     read = dict(re.findall(r"\$\{([A-Z][A-Z_]+):-([^}]*)\}", body))
-    ours = {name for name in read if not name.startswith(("SLURM_", "NCCL_"))} - {"JOB", "PATIENCE"}
+    ours = {name for name in read if not name.startswith(("SLURM_", "NCCL_"))} - {"JOB", "PATIENCE", "TMPDIR"}
     assert set(told) == ours | {"DIST_LARS_DATA", "INTERFACE"}
     for name in ("LAUNCHER", "MPI_TYPE", "MAX_REQUEUES", "PREFLIGHT"):
         assert told[name] == read[name]
@@ -107,7 +107,7 @@ def calls(tmp_path):
     def run(*options, **extra):
         env = {
             **environment(), **ALLOCATION, "SLURM_SUBMIT_DIR": str(tmp_path), "CALLS": str(tmp_path / "calls"),
-            "PREFLIGHT": "no", "DIST_LARS_DATA": f"{tmp_path}/images", **extra,
+            "PREFLIGHT": "no", "DIST_LARS_DATA": f"{tmp_path}/images", "TMPDIR": "", **extra,
         }  # fmt: skip
         env["PATH"] = f"{tmp_path}/bin:{env['PATH']}"
         words = ["bash", str(tmp_path / "slurm/resnet18_8k.sbatch"), "--epochs", "3", *options]
@@ -173,6 +173,8 @@ def test_a_container_sees_every_folder_of_the_run(calls, tmp_path):
     assert bound(f"--data.path={place}", DIST_LARS_DATA="") == [str(tmp_path), place]
     assert bound(RUN_DIR=f"{place}/run", DIST_LARS_DATA="") == [str(tmp_path), place]
     assert bound(STAGE=place, DIST_LARS_DATA="") == [str(tmp_path), place]
+    assert bound(TMPDIR=place, DIST_LARS_DATA="") == [str(tmp_path), place]
+    assert bound(RUN_DIR=f"{place}/new/run", DIST_LARS_DATA="") == [str(tmp_path), f"{place}/new"]
     assert bound(STAGE="$SLURM_TMPDIR", DIST_LARS_DATA=place) == [str(tmp_path), place]
 
 

@@ -2,13 +2,25 @@
 
 import argparse
 import mmap
+import multiprocessing
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from benchmarks import allreduce, group, scaling, step, tables, tune, worker_parts
+from benchmarks import (
+    allreduce,
+    group,
+    record,
+    scaling,
+    step,
+    tables,
+    tune,
+    worker,
+    worker_allreduce,
+    worker_parts,
+)
 from benchmarks.scaling_results import PARTS, Case, Measured
 
 
@@ -198,6 +210,36 @@ def test_what_runs_after_backward_has_ended_is_exposed():
     assert found["ranks apart ms"] == pytest.approx(7.0)  # waiting for the last rank is no communication
     with pytest.raises(SystemExit, match="'gradients.0': 2, 'gradients.1': 2"):
         step.overlap(events, [[7.010], [7.010]], standalone=[0.010])
+
+
+@pytest.mark.parametrize(
+    ("reduce", "said"), [(lambda flat: flat.mul_(2).add_(1), ""), (lambda flat: flat.mul_(2), "wrong")]
+)
+def test_an_all_reduce_is_timed_only_if_its_sum_is_right(monkeypatch, reduce, said):
+    """Rank 0 of two, whose carrier is a stand-in that adds rank 1's numbers, or forgets some."""
+    ours, theirs = multiprocessing.Pipe()
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
+    monkeypatch.setitem(worker_allreduce.CARRIERS, "stand-in", lambda cpu: (0, 2, reduce))
+    for work in ({"elements": 1500, "repeat": 3}, None):
+        ours.send(work)
+    with pytest.raises(
+        (SystemExit, worker.Finished), match="stand-in: the sum of 1500 numbers is wrong" if said else None
+    ):
+        worker_allreduce.reduce_sizes({"carrier": "stand-in", "device": "cpu"}, theirs)
+    ours.recv()  # what the rank is
+    assert ours.poll() == (not said)
+
+
+def test_records_show_what_was_asked_of_them():
+    """The goals of two ranks on two cores, by the medians; AlexNet against DDP is told in README.md instead."""
+    rows = {
+        name: {(r["ranks"], r["carrier"]): r for r in record.read(f"scaling_{name}")["rows"]}
+        for name in ("resnet18", "alexnet")
+    }
+    assert rows["resnet18"][2, "horovod"]["of ceiling"] >= 0.95
+    assert rows["resnet18"][2, "horovod"]["of DDP"] >= 1
+    assert rows["alexnet"][2, "horovod"]["of ceiling"] >= 0.85
+    assert record.read("step_resnet18")["overlap"]["exposed / stand-alone"] < 0.5
 
 
 def test_a_knob_is_turned_only_for_a_sure_gain():
