@@ -174,7 +174,7 @@ MUTANTS = [
     Mutant("dist_lars/data/loader.py", "        torch.set_num_threads(1)  # one image", "        torch.set_num_threads(2)  # one image", "tests/unit/test_loader.py::test_images_are_made_by_one_thread_and_the_trainer_keeps_its_own"),
     Mutant("dist_lars/data/loader.py", "if len(self.skipped) > self.limit:", "if False:", "tests/unit/test_loader.py::test_too_many_broken_files_stop_the_run"),
     Mutant("dist_lars/data/loader.py", "except (RuntimeError, EOFError, OSError) as e:", "except EOFError as e:", "tests/unit/test_loader.py::test_a_dead_worker_is_an_error_that_names_its_cause"),
-    Mutant("dist_lars/data/loader.py", "    stream._shutdown = True", "    stream._workers", "tests/unit/test_loader.py::test_a_worker_that_dies_with_a_lock_hangs_nobody"),
+    Mutant("dist_lars/data/loader.py", "return Flag(self)", "return super().Event()", "tests/unit/test_loader.py::test_a_worker_that_dies_with_a_lock_hangs_nobody"),
     Mutant("dist_lars/data/loader.py", "maxlen=0 if loader.pin_memory else ", "maxlen=", "tests/unit/test_loader.py::test_pinned_batches_are_not_kept"),
     Mutant("dist_lars/data/loader.py", "KEPT = PREFETCH + 2", "KEPT = PREFETCH", "tests/unit/test_loader.py::test_a_batch_holds_until_the_second_one_after_it"),
     Mutant("dist_lars/locks.py", "fcntl.LOCK_EX | (0 if wait", "fcntl.LOCK_SH | (0 if wait", "tests/unit/test_locks.py::test_a_lock_of_another_process_is_seen_and_ends_with_it"),

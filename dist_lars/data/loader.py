@@ -1,12 +1,12 @@
 """From image order to batches: one loader for a whole run, so that no epoch boundary stalls it."""
 
-import multiprocessing
 import random
 import signal
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from multiprocessing.connection import wait
+from multiprocessing.context import ForkServerContext
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -61,6 +61,30 @@ class ValOrder:
     def __iter__(self) -> Iterator[list[Key]]:
         for at in range(0, len(self.indices), self.batch):
             yield [(0, i) for i in self.indices[at : at + self.batch]]
+
+
+class Flag:
+    """What torch needs of multiprocessing's Event, without its lock: a worker that is killed while it looks at an Event
+    keeps that lock, and its rank would wait for it for ever, at the next batch or at the end.
+    """
+
+    def __init__(self, context: Any) -> None:
+        self.value = context.RawValue("b", 0)
+
+    def is_set(self) -> bool:
+        """Whether it has been set."""
+        return bool(self.value.value)
+
+    def set(self) -> None:
+        """For good."""
+        self.value.value = 1
+
+
+class Workers(ForkServerContext):
+    """The fork server, with such flags."""
+
+    def Event(self) -> Flag:  # type: ignore[override]  # noqa: N802, D102
+        return Flag(self)
 
 
 class Batch(NamedTuple):
@@ -186,9 +210,8 @@ def batches(images: Any, order: TrainOrder | ValOrder, workers: int, pin: bool) 
     Workers come from a fork server, never from a fork of this process: forking after MPI has started corrupts memory
     on InfiniBand. The server imports once what all workers need.
     """
-    context = None
-    if workers:
-        context = multiprocessing.get_context("forkserver")
+    context = Workers() if workers else None
+    if context:
         context.set_forkserver_preload(PRELOAD)
     loader: DataLoader = DataLoader(
         Assembly(images),  # type: ignore[arg-type]
@@ -228,10 +251,6 @@ def _explained(error: Exception, stream: Any) -> Exception:
     gone = [w for w in workers if w.exitcode]
     if not gone:
         return error
-    # torch would end the others by way of a lock that the dead one may hold, and wait for it for ever.
-    stream._shutdown = True
-    for worker in workers:
-        worker.kill()
     code = gone[0].exitcode
     if code > 0:
         return UserError(
