@@ -6,6 +6,8 @@ import time
 
 import pytest
 
+from dist_lars.data.folder import index_folder
+from dist_lars.data.packing import Options, pack
 from tests.conftest import MPIRUN, ROOT
 
 pytestmark = pytest.mark.parallel
@@ -13,11 +15,16 @@ WORKER = str(ROOT / "tests/parallel/worker_doctor.py")
 
 
 @pytest.fixture
-def examine(command, tmp_path):
+def examine(command, tmp_path, image_folder):
     """`examine("clock", 1)` -> (exit code, output, {check: [status, value and repair]} of preflight.json)."""
 
+    for part in ("train", "val"):
+        index = index_folder(str(image_folder / part))
+        pack(index, str(tmp_path / "packed" / part), Options(None, 90, 1), 1, lambda n: None)
+
     def run(fault, sick, np=2):
-        done = command(*MPIRUN, "-np", str(np), "python", WORKER, fault, str(sick), str(tmp_path / "run"), timeout=150)
+        words = (*MPIRUN, "-np", str(np), "python", WORKER, fault, str(sick), str(tmp_path / "run"))
+        done = command(*words, timeout=150, DIST_LARS_DATA=str(tmp_path / "packed"))
         verdict = tmp_path / "run/preflight.json"
         checks = json.loads(verdict.read_text()) if verdict.exists() else []
         return done.returncode, done.stdout, {c["name"]: [c["status"], f"{c['value']} -> {c['fix']}"] for c in checks}

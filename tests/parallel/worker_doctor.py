@@ -38,7 +38,8 @@ def clock():
 
 config = load_config(
     "quickstart",
-    overrides={"run_dir": str(folder), "device": "cpu", "data.stage": "/proc/none" if fault == "stage" else None},
+    overrides={"run_dir": str(folder), "device": "cpu"}
+    | ({"data.kind": "folder", "data.stage": "/proc/none"} if fault == "stage" else {}),
 )
 if mine and fault == "shared":  # a run directory that this node has for itself
     folder = folder.with_name("elsewhere")
