@@ -6,9 +6,9 @@
         net["n2"].cut()                   # the cable; .mend() plugs it in again
         net["n2"].kill()                  # the power: every process of n2 is gone
 
-Files are those of this machine, as on a cluster with a shared file system. /dev/shm, /run and FOLDER/local are each
-node's own. Needs root; a test that cannot have it is skipped, and what is missing is installed when a test asks, not
-when it is collected. Nothing outside FOLDER changes, and everything ends with the Python that made it, even by
+Files are those of this machine, as on a cluster with a shared file system. /dev/shm, /run, $TMPDIR and FOLDER/local are
+each node's own. Needs root; a test that cannot have it is skipped, and what is missing is installed when a test asks,
+not when it is collected. Nothing outside FOLDER changes, and everything ends with the Python that made it, even by
 SIGKILL: the first process of a node reads from a pipe that only this Python holds open.
 """
 
@@ -26,6 +26,8 @@ from tests.cluster import packages
 from tests.conftest import Finished, environment, run_command
 
 SUBNET = "10.77.0"
+# Each node's own, as on a cluster: Open MPI names its files after process ids, which several nodes here have in common.
+TMP = {"TMPDIR": "/run/tmp"}
 PROGRAMS = {
     "unshare": "util-linux", "nsenter": "util-linux", "ip": "iproute2", "tc": "iproute2", "ssh": "openssh-client",
     "sshd": "openssh-server",
@@ -36,6 +38,7 @@ hostname "$1"
 mount --bind "$2/hosts" /etc/hosts
 mount -t tmpfs shm /dev/shm
 mount -t tmpfs run /run
+mkdir /run/tmp
 mount -t tmpfs local "$2/local"
 ip link set lo up
 echo ready
@@ -78,7 +81,7 @@ class Node:
     def run(self, *words: str, timeout: float = 60, cwd: Path | None = None, check: bool = True,
             **extra: str) -> Finished:  # fmt: skip
         """A command on this node, with a time-out; it must succeed unless `check=False`."""
-        done = run_command([*self.enter(cwd), *words], timeout, **extra)
+        done = run_command([*self.enter(cwd), *words], timeout, **{**TMP, **extra})
         assert done.returncode == 0 or not check, f"{' '.join(words)} on {self.name}: {done.returncode}\n{done.stdout}"
         return done
 
@@ -87,7 +90,7 @@ class Node:
         with log.open("a") as out:
             return subprocess.Popen(
                 [*self.enter(cwd), *words], stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT,
-                env=environment(**extra), start_new_session=True,
+                env=environment(**{**TMP, **extra}), start_new_session=True,
             )  # fmt: skip
 
     def limit(self, rate: str | None) -> None:
@@ -171,7 +174,8 @@ class Network(Mapping[str, Node]):
         ssh.mkdir(mode=0o700, exist_ok=True)
         for key in ("host", "user"):
             run_command(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(ssh / key)], 30).check_returncode()
-        shared = {k: v for k, v in environment().items() if k in ("PATH", "PYTHONPATH") or "_ALLOW_RUN_AS_ROOT" in k}
+        known = (*TMP, "PATH", "PYTHONPATH")
+        shared = {k: v for k, v in environment(**TMP).items() if k in known or "_ALLOW_RUN_AS_ROOT" in k}
         told = " ".join(f"{k}={shlex.quote(v)}" for k, v in shared.items())
         (ssh / "sshd_config").write_text(
             f"HostKey {ssh}/host\nAuthorizedKeysFile {ssh}/user.pub\nStrictModes no\nPermitRootLogin yes\n"
