@@ -197,10 +197,15 @@ def in_turn(
     groups: Mapping[str, Group], work: Callable[[str], Any], rounds: int, done: Callable[[str, list[Any]], None],
     enough: Callable[[], bool],
 ) -> int:  # fmt: skip
-    """Give every group its work, round by round, at least twice and until `enough()`; how many rounds there were."""
+    """Give every group its work, round by round, at least twice and until `enough()`; how many rounds there were.
+
+    Each round begins with another group: the first one would pay for what the machine did in between, or be spared it.
+    """
+    names = list(groups)
     for turn in range(rounds):
-        for name, group in groups.items():
-            done(name, group.do(work(name)))
+        first = turn % len(names)
+        for name in names[first:] + names[:first]:
+            done(name, groups[name].do(work(name)))
         if turn and enough():
             return turn + 1
     return rounds

@@ -242,6 +242,14 @@ def test_records_show_what_was_asked_of_them():
     assert record.read("step_resnet18")["overlap"]["exposed / stand-alone"] < 0.5
 
 
+def test_no_group_is_always_the_first():
+    order = []
+    groups = {name: SimpleNamespace(do=lambda work: [work]) for name in "abc"}
+    group.in_turn(groups, lambda name: name, 4, lambda name, answers: order.append((name, *answers)), lambda: False)
+    assert "".join(name for name, _ in order) == "abcbcacababc"
+    assert all(name == answer for name, answer in order)
+
+
 def test_a_knob_is_turned_only_for_a_sure_gain():
     speeds = {"default": [10.0] * 8, "5": [9.0, 12.0] * 4, "20": [10.5, 10.6] * 4}
     rows = [tune.row_of("comm.cycle_ms", name, speeds) for name in speeds]
