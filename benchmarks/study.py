@@ -29,7 +29,6 @@ from dist_lars.data.folder import split_folders
 from dist_lars.errors import UserError
 from dist_lars.launchers import expected_ranks
 from dist_lars.locks import lock
-from dist_lars.plan import make_plan, planned_images
 from dist_lars.resources import cores, pick_autocast, pick_device
 from dist_lars.runlog import read_status
 from dist_lars.stopping import EXIT_STOPPED
@@ -48,9 +47,10 @@ def main(argv: list[str] | None = None) -> None:
         if args.list:
             print(study_report.to_do(study, store.runs()))
             return
+        code = 0
         if not args.report:
             refuse_what_cannot_run(study)
-        code = 0 if args.report else Runner(study, store, args).go()
+            code = Runner(study, store, args).go()
         if store.runs():
             print(study_report.write(study, store))
     except UserError as e:
@@ -70,7 +70,7 @@ def refuse_what_cannot_run(study: study_grid.Study) -> None:
         if path := data_path(config):
             split_folders(path, config.data.val)
         try:
-            make_plan(config, ranks or 1, *planned_images(config))
+            study_grid.plan_of(cell.options, ranks or 1)
         except UserError as e:
             raise UserError(f"{cell.key}: {e}") from e
 

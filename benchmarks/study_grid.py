@@ -96,10 +96,10 @@ class Run:
         return plan_of(self.options)
 
 
-def plan_of(options: Options) -> Plan:
-    """The arithmetic of a run with these options, on one rank."""
+def plan_of(options: Options, ranks: int = 1) -> Plan:
+    """The arithmetic of a run with these options."""
     config = from_flat(options)
-    return make_plan(config, 1, *planned_images(config))
+    return make_plan(config, ranks, *planned_images(config))
 
 
 # --- the file ---------------------------------------------------------------------------------------------------------

@@ -61,12 +61,14 @@ def scaling_alexnet() -> str:
 
 def scaling_wire() -> str:
     """What compression changes."""
-    return scaling("scaling_wire", "--name scaling_wire --carriers horovod --wire fp16,bf16")
+    return scaling("scaling_wire", "--name scaling_wire --carriers horovod --wire fp16,bf16 --image_size 112")
 
 
 def scaling_passes() -> str:
     """What accumulated passes change; smaller ones, for all groups hold their memory at once."""
-    return scaling("scaling_passes", "--name scaling_passes --carriers horovod --accumulation 4,16 --batch 16")
+    return scaling(
+        "scaling_passes", "--name scaling_passes --carriers horovod --accumulation 4,16 --batch 16 --image_size 112"
+    )
 
 
 def scaling_strong() -> str:
@@ -76,7 +78,7 @@ def scaling_strong() -> str:
 
 def scaling_real() -> str:
     """With images that are read, decoded and augmented."""
-    return scaling("scaling_real", "--name scaling_real --images DIR")
+    return scaling("scaling_real", "--name scaling_real --carriers horovod --images DIR")
 
 
 def scaling(name: str, command: str) -> str:

@@ -142,7 +142,7 @@ def look_at_data(config: Config) -> tuple[str, str]:
     if path is None:
         return "", ""
     try:
-        Path(path, "train").stat()
+        Path(path, "train").stat()  # says why: not there, no permission, a stale mount
         for folder in split_folders(path, config.data.val):
             if is_packed(folder):
                 (Path(folder) / read_meta(folder)["shards"][0]["name"]).open("rb").close()

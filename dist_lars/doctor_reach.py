@@ -42,11 +42,11 @@ def open_door() -> tuple[socket.socket, Door]:
 
 def addresses(interface: str | None) -> list[str]:
     """The IPv4 addresses of this host that others may use; only those of `interface` ("ib0,ib1") if it is named."""
-    states = psutil.net_if_stats()
-    up = [name for name in psutil.net_if_addrs() if name in states and states[name].isup]
+    up = [name for name, state in psutil.net_if_stats().items() if state.isup]
+    wanted = interface.split(",") if interface else up
     found = [
         IPv4Interface(f"{a.address}/{a.netmask}")
-        for name, own in psutil.net_if_addrs().items() if name in (interface.split(",") if interface else up)
+        for name, own in psutil.net_if_addrs().items() if name in wanted
         for a in own if a.family == socket.AF_INET
     ]  # fmt: skip
     return [str(a) for a in found if not (a.is_loopback or a.is_link_local)]

@@ -105,16 +105,18 @@ class Deadline:
         while not self.done.wait(1.0):
             # Ranks do not start at the same moment: the first whose time is up asks the others, too.
             if time.monotonic() > end or (self.roll.folder is not None and (self.roll.folder / OVER).exists()):
+                code = EXIT_APART
                 try:
-                    self._end()
+                    code = self._end()
                 finally:
-                    os._exit(EXIT_APART)
+                    os._exit(code)
 
-    def _end(self) -> None:
+    def _end(self) -> int:
+        """Say who is behind; the exit code."""
         text = f"rank {self.roll.rank} on {host_name()} waited {self.seconds:.0f} s while {self.roll.stage}"
         if self.roll.folder is None:
             print(f"error: {text}; with --run_dir DIR it would say for whom", file=sys.stderr, flush=True)
-            return
+            return EXIT_APART
         with contextlib.suppress(FileNotFoundError):
             (self.roll.folder / OVER).touch()
         self.roll.at(self.roll.stage, answers=True)
@@ -125,14 +127,14 @@ class Deadline:
         # The first that is alive speaks, and the launcher ends all.
         time.sleep(max(0.0, began + ANSWER + 0.5 * min(self.roll.rank, 6) - time.monotonic()))
         if self.roll.run_dir is not None and (self.roll.run_dir / VERDICT).exists():
-            os._exit(EXIT_SICK)  # another rank has spoken
+            return EXIT_SICK  # another rank has spoken
         mine = "SLURM_STEP_NODELIST" if launcher_of(os.environ) == "srun" else "SLURM_JOB_NODELIST"
         nodes = host_names(os.environ.get(mine, ""))
         sick, reason, repair = behind(self.roll.call(), _launched(), nodes)
         print(f"error: {text}: {reason}\n  -> {repair}", file=sys.stderr, flush=True)
         if sick:
             self.roll.conclude([fail("progress", f"{text}: {reason}", repair)])
-        os._exit(EXIT_SICK if sick else EXIT_APART)
+        return EXIT_SICK if sick else EXIT_APART
 
 
 def _short(host: str) -> str:
@@ -159,10 +161,11 @@ def behind(called: dict[int, Stand], launched: int, nodes: Sequence[str] = ()) -
     few = silent or min(stages, key=len)
     importing = [r for r, stand in called.items() if stand.stage == IMPORTING]
     if importing and not silent:
-        who = "all ranks do" if len(importing) == len(called) else f"rank {spans(importing)} still is {IMPORTING}"
-        where = "" if len(importing) == len(called) else f" on {some([called[r].host for r in importing])}"
+        hosts = some([called[r].host for r in importing])
+        everyone = len(importing) == len(called)
+        who = "all ranks do" if everyone else f"rank {spans(importing)} still is {IMPORTING} on {hosts}"
         fix = "try again, for the files may be in the nodes' memory now; or a container, which is one file (README.md)"
-        return False, f"{who}{where}: the environment lies on a slow file system", fix
+        return False, f"{who}: the environment lies on a slow file system", fix
     lost = cut_off(stand.unreached for stand in called.values() if stand.unreached)
     if lost and not silent:
         text = " and ".join(f"{host} ({address})" for host, address in list(lost.items())[:8])

@@ -43,12 +43,8 @@ def test_an_array_shares_a_study_and_goes_on_after_a_warning(slurm, tmp_path):
     assert f"requeued as job {warned.number}: asked to stop by SIGUSR2" in log
     lines = [json.loads(line) for line in (tmp_path / "records/study-tiny.jsonl").read_text().splitlines()]
     runs = [line for line in lines if line["kind"] == "run"]
-    assert sorted((run["cell"]["arm"], run["seed"]) for run in runs) == [
-        ("LARS", 1),
-        ("LARS", 2),
-        ("SGD", 1),
-        ("SGD", 2),
-    ]
+    names = sorted(f"{run['cell']['arm']} {run['seed']}" for run in runs)
+    assert names == ["LARS 1", "LARS 2", "SGD 1", "SGD 2"]
     assert {(run["state"], run["ranks"]) for run in runs} == {("finished", 2)}
     assert all(len(run["train_loss"]) == 12 for run in runs)  # an epoch each, none lost and none twice
     assert ": starts" in other.log()
