@@ -20,6 +20,13 @@ BIN = Path(sys.executable).parent  # not resolved: the environment's own bin, wh
 
 Finished = subprocess.CompletedProcess
 
+# What a study of the tests trains: seconds a run, on 1,500 handwritten digits.
+TINY_STUDY = {
+    "data": {"kind": "digits", "image_size": 16, "resize": 16, "flip": False, "workers": 0, "cache": "decoded",
+             "train_images": 1500, "val_images": 297},
+    "model": {"name": "cnn_small"}, "micro_batch": 32, "precision": "fp32", "device": "cpu",
+}  # fmt: skip
+
 # A machine that does something else is no failure; CI says the same twice.
 hypothesis.settings.register_profile("busy", deadline=None, derandomize="CI" in os.environ)
 hypothesis.settings.load_profile("busy")

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from dist_lars import runlog
-from tests.cluster.conftest import SMALL_JOB, SMALL_RUN
+from tests.cluster.conftest import SMALL_RUN
 from tests.cluster.slurm import Job
 from tests.conftest import ROOT
 
@@ -42,15 +42,16 @@ def test_four_ranks_on_two_nodes_by_torch(slurm, images, how, line):
 def test_the_sweep_runs_in_one_job(slurm):
     small = ("--model", "cnn_small", "--image_size", "32", "--batch", "8", "--seconds", "1", "--carriers",
              "horovod,torch", "--option", "precision=fp32", "--name", "test-sweep")  # fmt: skip
-    job = slurm.submit("scaling", *SMALL_JOB, run=small, OMP_NUM_THREADS="1")
+    job = slurm.submit("scaling", *PER_NODE, "--gpus-per-node=0", run=small, OMP_NUM_THREADS="1")
     try:
         log = job.completes()
         body = json.loads((ROOT / "benchmarks/records/test-sweep.json").read_text())
     finally:
         for path in (ROOT / "benchmarks/records").glob("test-sweep.*"):
             path.unlink()
-    assert "ranks: 1,2, by srun" in log
-    assert body["ranks_per_host"] == {"1 ranks": [1], "2 ranks": [1, 1]}
+    assert "ranks: 1,2,4, by srun" in log
+    assert body["ranks_per_host"] == {"1 ranks": [1], "2 ranks": [2], "4 ranks": [2, 2]}, "a node, then two"
     rows = {(r["ranks"], r["carrier"]): r for r in body["rows"]}
-    assert set(rows) == {(1, "none"), (2, "none"), (2, "horovod"), (2, "torch")}
-    assert rows[2, "horovod"]["of 1 node"] > 0
+    assert set(rows) == {(1, "none"), *((n, c) for n in (2, 4) for c in ("none", "horovod", "torch"))}
+    assert rows[2, "horovod"]["of 1 node"] == 1, "two ranks are the node"
+    assert 0 < rows[4, "horovod"]["of 1 node"] < 1.5

@@ -6,15 +6,13 @@ import pytest
 import yaml
 
 from tests.cluster.slurm import Job
+from tests.conftest import TINY_STUDY
 
 pytestmark = pytest.mark.cluster
 STUDY = {
     "name": "tiny",
     "base": {
-        "data": {"kind": "digits", "image_size": 16, "resize": 16, "flip": False, "workers": 0, "cache": "decoded",
-                 "train_images": 1500, "val_images": 297},
-        "model": {"name": "cnn_small"}, "micro_batch": 32, "batch_size": 256, "precision": "fp32", "device": "cpu",
-        "schedule": {"warmup_epochs": 0}, "resume": {"save_steps": 5}, "epochs": 12,
+        **TINY_STUDY, "batch_size": 256, "epochs": 12, "schedule": {"warmup_epochs": 0}, "resume": {"save_steps": 5},
     },
     "axes": {
         "arm": {"SGD": {"optim.name": "sgd_momentum", "optim.lr": 0.2}, "LARS": {"optim.name": "lars", "optim.lr": 8}},

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import MPIRUN, ROOT, environment, run_command
+from conftest import MPIRUN, ROOT, TINY_STUDY, environment, run_command
 
 pytestmark = [pytest.mark.launch, pytest.mark.studies]
 
@@ -18,12 +18,7 @@ TINY = {
     "name": "tiny",
     "title": "Does it work?",
     "data": "the handwritten digits of scikit-learn",
-    "base": {
-        "data": {"kind": "digits", "image_size": 16, "resize": 16, "flip": False, "workers": 0, "cache": "decoded",
-                 "train_images": 1500, "val_images": 297},
-        "model": {"name": "cnn_small"}, "micro_batch": 32, "epochs": 2, "precision": "fp32",
-        "schedule": {"base_lr": 0.2, "warmup_epochs": 0},
-    },
+    "base": {**TINY_STUDY, "epochs": 2, "schedule": {"base_lr": 0.2, "warmup_epochs": 0}},
     "axes": {
         "batch_size": [256],
         "arm": {"SGD": {"optim.name": "sgd_momentum"}, "LARS": {"optim.name": "lars", "schedule.base_lr": 8}},
