@@ -42,7 +42,10 @@ def main(argv: list[str]) -> int:
         place = place_of(os.environ)
     except UserError as e:
         fail(e)
-    roll = Roll(Path(config.run_dir) if config.run_dir else None, place.rank if place else 0)
+    try:
+        roll = Roll(Path(config.run_dir) if config.run_dir else None, place.rank if place else 0)
+    except OSError as e:
+        leave(f"error: {host_name()} cannot write to run directory {config.run_dir}: {e.strerror}", EXIT_SICK)
     try:
         data_path(config)
     except UserError as e:

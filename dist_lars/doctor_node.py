@@ -16,6 +16,7 @@ from dist_lars.config import Config, data_path
 from dist_lars.data.folder import split_folders
 from dist_lars.data.shards import is_packed, read_meta
 from dist_lars.data.stage import expand
+from dist_lars.data.synthetic import cache_dir
 from dist_lars.doctor import foreign_library, libmpi
 from dist_lars.doctor_host import version
 from dist_lars.doctor_reach import host_name
@@ -48,6 +49,7 @@ def collect(comm: Any, config: Config, device: Any, run_dir: Path | None) -> Fac
         operations=comm.carrier(),
         foreign_mpi=foreign_library(libmpi()) or "",
         versions=versions(torch),
+        driver=_driver(),
         places=tuple(places(config, run_dir)) if leads else (),
         data=unseen,
         data_fault=fault,
@@ -64,7 +66,6 @@ def versions(torch: Any) -> dict[str, str]:
         "dist_lars": __version__,
         "dist_lars's files": source_digest(Path(__file__).parent),
         "MPI library": Path(loaded[0]).name if loaded else "none",
-        "CUDA driver": _driver(),
     }
 
 
@@ -96,6 +97,8 @@ def places(config: Config, run_dir: Path | None) -> list[Place]:
     found = [probe("scratch", os.environ.get("TMPDIR") or "/tmp"), probe("shared memory", "/dev/shm")]
     if run_dir is not None:
         found.append(probe("run directory", str(run_dir)))
+    if config.data.kind == "digits":
+        found.append(probe("cache ($DIST_LARS_CACHE)", cache_dir()))
     if place := stage_place(config):
         try:
             found.append(probe("staging", expand(place)))
@@ -128,8 +131,11 @@ def _why(error: OSError, folder: Path) -> str:
             stat = os.statvfs(folder)
         except OSError:
             return text
+        free = f"{text}, though the file system has {stat.f_bavail * stat.f_frsize / 1e9:.1f} GB free"
+        if error.errno == errno.EDQUOT:
+            return f"{free}: a quota of bytes or of files (inodes)"
         if stat.f_bavail * stat.f_frsize > 1 << 20:
-            return f"{text}, though {stat.f_bavail * stat.f_frsize / 1e9:.1f} GB are free: no more files (inodes)"
+            return f"{free}: no more files (inodes)"
     return text
 
 

@@ -23,10 +23,12 @@ from dist_lars.launchers import expected_ranks, host_names, launcher_of
 
 EXIT_SICK = 3  # a check failed: no other launcher would help
 EXIT_APART = 4  # the ranks do not find each other: another launcher may
+EXIT_SLOW = 5  # ranks still import: with more time they may come
 VERDICT = "preflight.json"
 IMPORTING = "importing torch"  # a stage: thousands of files, from wherever the environment lies
 ANSWER = 5.0  # seconds that the ranks are given to answer when the time is up for the first of them
 OVER = "over"  # a file: it is up
+SLOW = "importing"  # a file in RUN_DIR/preflight, for launchers that change exit codes: EXIT_SLOW
 
 
 class Stand(NamedTuple):
@@ -130,11 +132,13 @@ class Deadline:
             return EXIT_SICK  # another rank has spoken
         mine = "SLURM_STEP_NODELIST" if launcher_of(os.environ) == "srun" else "SLURM_JOB_NODELIST"
         nodes = host_names(os.environ.get(mine, ""))
-        sick, reason, repair = behind(self.roll.call(), _launched(), nodes)
+        code, reason, repair = behind(self.roll.call(), _launched(), nodes)
         print(f"error: {text}: {reason}\n  -> {repair}", file=sys.stderr, flush=True)
-        if sick:
+        if code == EXIT_SICK:
             self.roll.conclude([fail("progress", f"{text}: {reason}", repair)])
-        return EXIT_SICK if sick else EXIT_APART
+        if code == EXIT_SLOW:
+            (self.roll.folder.parent / SLOW).touch()
+        return code
 
 
 def _short(host: str) -> str:
@@ -145,17 +149,17 @@ def _launched() -> int:
     return expected_ranks(os.environ)[0] or 0
 
 
-def behind(called: dict[int, Stand], launched: int, nodes: Sequence[str] = ()) -> tuple[bool, str, str]:
-    """(whether some ranks are worse than others, which, what to do); `nodes` are those of the job, if it is SLURM's."""
+def behind(called: dict[int, Stand], launched: int, nodes: Sequence[str] = ()) -> tuple[int, str, str]:
+    """(exit code, EXIT_SICK where some ranks are worse than others; which; what to do); `nodes`: SLURM's of the job."""
     if absent := [r for r in range(launched) if r not in called]:
         here = Counter(_short(stand.host) for stand in called.values())
         known = [node for node in nodes if here[_short(node)]]
         empty = [node for node in nodes if not here[_short(node)]]
         fewer = [node for node in known if here[_short(node)] < -(-launched // len(nodes))]
         if known and (empty or fewer):
-            return True, f"rank {spans(absent)} never started, on {some(empty or fewer)}", exclude(empty or fewer)
-        hosts = some([stand.host for stand in called.values()], most=16)
-        return True, f"rank {spans(absent)} never started", f"exclude the node of the job that is not among {hosts}"
+            return EXIT_SICK, f"rank {spans(absent)} never started, on {some(empty or fewer)}", exclude(empty or fewer)
+        fix = f"exclude the node of the job that is not among {some([s.host for s in called.values()], most=16)}"
+        return EXIT_SICK, f"rank {spans(absent)} never started", fix
     silent = [r for r, stand in called.items() if not stand.answers]
     stages = [[r for r in called if called[r].stage == stage] for stage in {s.stage for s in called.values()}]
     few = silent or min(stages, key=len)
@@ -165,17 +169,17 @@ def behind(called: dict[int, Stand], launched: int, nodes: Sequence[str] = ()) -
         everyone = len(importing) == len(called)
         who = "all ranks do" if everyone else f"rank {spans(importing)} still is {IMPORTING} on {hosts}"
         fix = "try again, for the files may be in the nodes' memory now; or a container, which is one file (README.md)"
-        return False, f"{who}: the environment lies on a slow file system", fix
+        return EXIT_SLOW, f"{who}: the environment lies on a slow file system", fix
     lost = cut_off(stand.unreached for stand in called.values() if stand.unreached)
     if lost and not silent:
         text = " and ".join(f"{host} ({address})" for host, address in list(lost.items())[:8])
         if len(lost) < len({stand.host for stand in called.values()}):
-            return True, f"no connection from the other nodes to {text}", exclude(list(lost))
+            return EXIT_SICK, f"no connection from the other nodes to {text}", exclude(list(lost))
         fix = "a firewall between nodes, or the wrong network: INTERFACE in slurm/site.sh"
-        return False, f"the nodes do not reach each other: {text}", fix
+        return EXIT_APART, f"the nodes do not reach each other: {text}", fix
     if len(few) == len(called):
         fix = "a firewall or the wrong network between nodes: INTERFACE in slurm/site.sh; or another LAUNCHER"
-        return False, "all ranks wait for each other", fix
+        return EXIT_APART, "all ranks wait for each other", fix
     sick = [called[r].host for r in few]
     what = "and answers no more" if silent else "while the others do not"
-    return True, f"rank {spans(few)} on {some(sick)} stands at {called[few[0]].stage!r} {what}", exclude(sick)
+    return EXIT_SICK, f"rank {spans(few)} on {some(sick)} stands at {called[few[0]].stage!r} {what}", exclude(sick)

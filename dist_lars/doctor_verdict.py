@@ -47,6 +47,7 @@ class Facts:
     memory: float  # GB of the host
     operations: str  # of Horovod: "MPI: MPI GLOO NCCL", the controller first
     versions: dict[str, str]
+    driver: str = "none"  # CUDA's
     foreign_mpi: str = ""  # an MPI library that is loaded, but not the one that Horovod was built on
     places: tuple[Place, ...] = ()  # the first rank of a node looks for all
     data: str = ""  # "", or why the images cannot be seen from here
@@ -135,10 +136,11 @@ def check_devices(facts: Sequence[Facts], cpu_wanted: bool) -> Check:
     if blind and not cpu_wanted:
         fix = "nvidia-smi on that node; `python -m dist_lars.doctor` there; --device cpu if CPUs are meant"
         return fail(name, f"SLURM granted GPUs, but torch sees none on {some(blind)}", fix)
+    kind = "--constraint=, or a partition of one kind"
+    if words := odd_ones({f"{f.host} (rank {f.rank})": "cpu" if f.device == "cpu" else "a GPU" for f in facts}):
+        return fail(name, f"ranks would train on different devices: {words}", kind)
     if words := odd_ones({f"{f.host} (rank {f.rank})": f.device for f in facts}):
-        return fail(
-            name, f"ranks would train on different devices: {words}", "--constraint=, or a partition of one kind"
-        )
+        return warn(name, words, f"the slowest sets the pace, the smallest the micro-batch: {kind}")
     per_node = Counter(len(own) for own in nodes(facts).values())
     value = f"{len(facts)} x {facts[0].device} on {len(nodes(facts))} nodes"
     if len(per_node) > 1:
@@ -168,6 +170,8 @@ def check_versions(facts: Sequence[Facts]) -> Check:
     if lines:
         fix = "one environment on a shared file system, or one container, for all nodes"
         return fail("versions", " / ".join(lines), fix)
+    if words := odd_ones({f.host: f.driver for f in facts}):
+        return warn("versions", f"CUDA driver {words}", "it works; where it should not, --constraint= or --exclude=")
     shown = ", ".join(f"{key} {facts[0].versions[key]}" for key in ("python", "torch", "horovod", "dist_lars"))
     return Check("versions", "ok", f"equal on all nodes: {shown}")
 

@@ -7,8 +7,8 @@
 #   LAUNCHER=auto          srun, mpirun, horovodrun, or auto: srun where its PMI works, else mpirun
 #   MPI_TYPE=pmix          what `srun --mpi=` takes here (srun --mpi=list)
 #   LAUNCHER_ARGS="..."    more options of the launcher
-#   CONTAINER=IMAGE        run in this image: a .sif file or docker:// by Apptainer, .sqsh or name#tag by Pyxis; it sees
-#                          the clone, RUN_DIR, DIST_LARS_DATA, --data.path, TMPDIR, and STAGE if it is a plain name
+#   CONTAINER=IMAGE        run in this image: a .sif file by Apptainer; .sqsh or REGISTRY#IMAGE:TAG by Pyxis. It sees the
+#                          clone, RUN_DIR, DIST_LARS_DATA, TMPDIR, STAGE, and what options such as --data.path name
 #   CONTAINER_ARGS="..."   more options of Apptainer, or of srun under Pyxis
 #   VENV=DIR               the environment (.venv in the clone), where there is no container
 #   STAGE=DIR              copy packed shards to this folder of each node first; '$SLURM_TMPDIR' is expanded there
@@ -53,14 +53,15 @@ PER_NODE=${SLURM_NTASKS_PER_NODE:-1}
 RANKS=$((NODES * PER_NODE))
 GPUS=${SLURM_GPUS_PER_NODE:-0} GPUS=${GPUS##*:} # asked for; "a100:4" is possible, and --exclusive grants more
 
-# Since Slurm 22.05 srun no longer takes this from sbatch: without it every rank gets one core.
+# Since Slurm 22.05 srun no longer takes this from sbatch: without it every rank gets one core. Open MPI's daemons, one a
+# node, come by an srun of mpirun's own: their ranks would share the cores of one.
 if [ -n "${SLURM_CPUS_PER_TASK:-}" ]; then export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK; fi
 
 export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
 if [ -n "${DEBUG:-}" ]; then export NCCL_DEBUG=INFO HOROVOD_LOG_LEVEL=debug; fi
 if [ -n "${INTERFACE:-}" ]; then
     export NCCL_SOCKET_IFNAME=$INTERFACE HOROVOD_GLOO_IFACE=$INTERFACE
-    export OMPI_MCA_btl_tcp_if_include=$INTERFACE
+    export GLOO_SOCKET_IFNAME=$INTERFACE OMPI_MCA_btl_tcp_if_include=$INTERFACE PRTE_MCA_prte_if_include=$INTERFACE
 fi
 
 # --- where Python is --------------------------------------------------------------------------------------------------
@@ -70,15 +71,15 @@ PYXIS=()        # options of srun
 if [ -z "$CONTAINER" ]; then
     VENV=${VENV:-$SLURM_SUBMIT_DIR/.venv}
     if [ -d "$VENV/bin" ]; then export PATH=$VENV/bin:$PATH; fi
-    python -c 'import dist_lars' 2>/dev/null ||
-        refuse "$(command -v python || echo no python) has no dist_lars: run \`make install\` on the login node," \
-            "or name VENV or CONTAINER in slurm/site.sh"
+    why=$(python -c 'import dist_lars.cli' 2>&1) || # the clone has dist_lars itself, but not what it stands on
+        refuse "$(command -v python || echo no python) cannot run dist_lars (${why##*$'\n'}): run \`make install\` on the" \
+            "login node and load the same modules in slurm/site.sh, or name VENV or CONTAINER there"
 else
     # What the image must see; a folder that is missing here is left to the checks, which say so better.
     mkdir -p "$(dirname "$RUN_DIR")"
     folders=("${DIST_LARS_DATA:-}" "$(dirname "$RUN_DIR")" "${STAGE:-}" "${TMPDIR:-}") seen=$PWD
-    if [[ " $* " =~ \ --data\.path[=\ ]([^ ]+) ]]; then folders+=("${BASH_REMATCH[1]}"); fi
-    for word in "${folders[@]}"; do
+    for word in "${folders[@]}" "${@#*=}"; do # of the options, those whose value is a folder or a file: all paths
+        if [ -f "$word" ]; then word=$(dirname "$word"); fi
         if [[ $word = /* && ,$seen, != *,$word,* && -d $word ]]; then seen+=,$word; fi
     done
     case $CONTAINER in
@@ -127,6 +128,7 @@ start_by() {
         ;;
     mpirun)
         local name
+        unset SRUN_CPUS_PER_TASK
         LAUNCH=(mpirun -np "$RANKS" --map-by "ppr:$PER_NODE:node" --bind-to none --tag-output)
         for name in PATH LD_LIBRARY_PATH "${!DIST_LARS_@}" "${!HOROVOD_@}" "${!NCCL_@}" "${!OMP_@}" "${!PYTHON@}"; do
             if [ -n "${!name:-}" ]; then LAUNCH+=(-x "$name"); fi
@@ -145,6 +147,7 @@ launch() {
     local patience
     start_by "$1"
     read -ra patience <<<"${PATIENCE:-}"
+    command -v "${LAUNCH[0]}" >/dev/null || { say "no ${LAUNCH[0]} on PATH: load its module in slurm/site.sh"; exit 127; }
     exec "${patience[@]}" "${LAUNCH[@]}" "${@:2}"
 }
 
@@ -185,12 +188,16 @@ on_end() {
 trap on_warning USR2
 trap on_end TERM
 
+# What status.json says, without Python: in the minutes before a time limit no container shall be needed for it.
 status() {
-    single python -c 'import json, sys
-s = json.load(open(sys.argv[1]))
-print(s["state"], "at step", s.get("step", 0), "of", s.get("total_steps", "?"), s.get("reason", ""))
-' "$RUN_DIR/status.json"
+    local state step total reason
+    state=$(fact state)
+    [ -n "$state" ] || return 1
+    step=$(fact step) total=$(fact total_steps) reason=$(fact reason)
+    echo "$state at step ${step:-0} of ${total:-?} $reason"
 }
+
+fact() { sed -nE 's/^ *"'"$1"'": ("(([^"\\]|\\.)*)"|([0-9]+)).*/\2\4/p' "$RUN_DIR/status.json"; }
 
 # again REASON: the same job once more, or an end that says why not.
 again() {
@@ -223,11 +230,15 @@ train() {
     single python -m dist_lars.train "$@" --dry_run --world_size "$RANKS" || exit $?
 
     mkdir -p "$RUN_DIR"
+    local code=0
+    if [ -e "$RUN_DIR/.lock" ]; then flock --nonblock --conflict-exit-code 9 "$RUN_DIR/.lock" true || code=$?; fi
+    [ "$code" != 9 ] || refuse "another job trains in $RUN_DIR: wait for it, or stop it (touch $RUN_DIR/STOP)"
     rm -f "$RUN_DIR/STOP" # of an earlier start that ended before it was seen
     set -- "$@" --run_dir "$RUN_DIR"
     preflight "$@"
     if [ "$asked" = "$WARNED" ]; then again "$asked before the run began"; fi
-    local before code=0
+    local before
+    code=0
     before=$(cat "$RUN_DIR/status.json" 2>/dev/null) || true
     attend launch "$LAUNCHER" python -m dist_lars.train "$@" || code=$?
     say "the launcher ended with $code"
@@ -239,26 +250,39 @@ train() {
 
 # preflight OPTIONS: examine the nodes, and find out which launcher makes one job of all ranks.
 preflight() {
-    local candidates=("$LAUNCHER") limit=() seconds=90 code=0
+    local candidates=("$LAUNCHER") limit=45 code=0
     # Where the ranks wait for each other, both trials together take less than a minute.
-    if [ "$LAUNCHER" = auto ]; then candidates=(srun mpirun) limit=(--limit 22); fi
-    if [ -n "$CONTAINER" ]; then seconds=600; fi # each node unpacks the image first
+    if [ "$LAUNCHER" = auto ]; then candidates=(srun mpirun) limit=22; fi
     LAUNCHER=${candidates[0]}
     if [ "${PREFLIGHT:-yes}" = no ]; then return; fi
     for LAUNCHER in "${candidates[@]}"; do
         say "preflight by $LAUNCHER"
-        rm -rf "$RUN_DIR/preflight" "$RUN_DIR/preflight.json"
         code=0
-        # The examination ends itself within a minute, unless the launcher hangs.
-        PATIENCE="timeout --kill-after=10 $seconds" attend launch "$LAUNCHER" \
-            python -m dist_lars.doctor --cluster "${limit[@]}" "$@" || code=$?
-        if [ "$code" = 0 ]; then return; fi
-        if [ -e "$RUN_DIR/preflight.json" ]; then break; fi # it found a fault, which another launcher would not mend
+        examine "$limit" "$@" || code=$?
+        if [ -e "$RUN_DIR/preflight/importing" ]; then
+            say "the nodes read the environment for the first time: once more, with five minutes"
+            code=0
+            examine 300 "$@" || code=$?
+            break
+        fi
+        # A fault that it found would not be mended by another launcher.
+        if [ "$code" = 0 ] || [ -e "$RUN_DIR/preflight.json" ]; then break; fi
+        if [ "$asked" = "$ENDED" ]; then exit 75; fi
         say "no job of $RANKS ranks by $LAUNCHER (exit code $code)"
     done
+    if [ "$code" = 0 ]; then return; fi
     if [ "$asked" = "$WARNED" ]; then again "$asked during the preflight"; fi
     say "preflight failed: nothing was started (PREFLIGHT=no skips it)"
     exit "$code"
+}
+
+# examine SECONDS OPTIONS: the examination ends itself soon after, unless the launcher hangs.
+examine() {
+    local most=$(($1 + 45))
+    if [ -n "$CONTAINER" ]; then most=600; fi # each node unpacks the image first
+    rm -rf "$RUN_DIR/preflight" "$RUN_DIR/preflight.json"
+    PATIENCE="timeout --kill-after=10 $most" attend launch "$LAUNCHER" \
+        python -m dist_lars.doctor --cluster --limit "$1" "${@:2}"
 }
 
 # finish CODE: what the run says of its end decides, for launchers change exit codes.
@@ -270,7 +294,7 @@ finish() {
     finished*) exit 0 ;;
     esac
     if [ "$asked" = "$ENDED" ]; then
-        say "whether the job starts again is SLURM's to say: after preemption it does"
+        say "whether the job starts again is SLURM's to say: after preemption it does, after a time limit it does not"
         hint
         exit 75
     fi

@@ -14,7 +14,7 @@ from dist_lars.data.packing import Options, pack
 from dist_lars.doctor_host import Check
 from dist_lars.doctor_node import look_at_data, places, probe, source_digest
 from dist_lars.doctor_reach import Door, open_door, unreached
-from dist_lars.doctor_roll import Roll, Stand, behind
+from dist_lars.doctor_roll import EXIT_APART, EXIT_SICK, EXIT_SLOW, Roll, Stand, behind
 from dist_lars.doctor_verdict import Facts, Link, Place
 
 
@@ -56,7 +56,6 @@ def test_512_equal_ranks_are_fine():
         ({"operations": "MPI controller; built in MPI"}, "horovod", ["on n77", "one environment"]),
         ({"foreign_mpi": "/opt/libmpi.so.40"}, "horovod", ["loads /opt/libmpi.so.40 on n77", "LD_LIBRARY_PATH"]),
         ({"device": "cpu", "device_id": "", "gpus_seen": 0}, "devices", ["torch sees none on n77", "nvidia-smi"]),
-        ({"device": "GPU Z"}, "devices", ["GPU Z on n77 (rank 308)", "--constraint"]),
         ({"device_id": "same"}, "devices", ["share one GPU", "on n77", "--gpu-bind=none"]),
         ({"data": "/d/train: No such file or directory"}, "data", ["not visible on n77: /d/train", "--exclude=n77"]),
         ({"data_fault": "/d/train is empty"}, "data", ["/d/train is empty, says n77 -> README.md"]),
@@ -76,6 +75,8 @@ def test_the_sick_node_is_named(changed, name, words):
     ("changed", "words"),
     [
         ({"cpu": "CPU Old"}, ["CPU Old on n77", "slowest"]),
+        ({"device": "GPU Z"}, ["GPU Z on n77 (rank 308)", "slowest", "--constraint"]),
+        ({"driver": "570.1"}, ["CUDA driver none on most nodes; 570.1 on n77", "--constraint"]),
         ({"places": (Place("shared memory", "/dev/shm", free=64e6),)}, ["/dev/shm has 0.1 GB free on n77"]),
         ({"places": (Place("run directory", "/r", free=9e12, files=12),)}, ["takes 12 more files on n77", "container"]),
     ],
@@ -93,6 +94,7 @@ def test_uneven_nodes_missing_nccl_and_cpu_runs():
     cpus = [dataclasses.replace(f, device="cpu", device_id="", gpus_seen=0) for f in facts(2)]
     assert verdict.check_devices(cpus, cpu_wanted=True).status == "ok"
     assert verdict.check_devices(cpus, cpu_wanted=False).status == "FAIL"
+    assert "a GPU on most nodes; cpu on n1" in verdict.check_devices([*facts(1), *cpus[4:]], cpu_wanted=True).value
     blind = [dataclasses.replace(f, data="/d: gone" if f.local_rank == 0 else "") for f in facts(3)]
     assert "not visible on any node: /d: gone" in verdict.check_data(blind).value
     assert "DIST_LARS_DATA" in verdict.check_data(blind).fix
@@ -180,7 +182,7 @@ def test_packed_shards_are_looked_at(tmp_path, image_folder):
 
 def test_what_is_not_staged_needs_no_place():
     config = Settings(data=Data(kind="digits", stage="$NEVER_SET"))
-    assert [place.what for place in places(config, None)] == ["scratch", "shared memory"]
+    assert [place.what for place in places(config, None)] == ["scratch", "shared memory", "cache ($DIST_LARS_CACHE)"]
     config = Settings(data=Data(stage="$NEVER_SET"))
     assert "the variable is not set" in places(config, None)[2].problem
 
@@ -196,19 +198,19 @@ def test_the_roll_names_who_is_behind(tmp_path):
     rolls = [Roll(tmp_path, rank) for rank in range(3)]
     for roll in rolls:
         roll.at("starting", answers=True)
-    assert behind(rolls[0].call(), 4)[:2] == (True, "rank 3 never started")
-    assert behind(rolls[0].call(), 3)[:2] == (False, "all ranks wait for each other")
+    assert behind(rolls[0].call(), 4)[:2] == (EXIT_SICK, "rank 3 never started")
+    assert behind(rolls[0].call(), 3)[:2] == (EXIT_APART, "all ranks wait for each other")
     for roll in rolls:
         roll.at("importing torch", answers=True)
     assert "slow file system" in behind(rolls[0].call(), 3)[1]
     rolls[0].at("reducing", answers=True)
     rolls[2].at("reducing", answers=True)
-    sick, text, _ = behind(rolls[2].call(), 3)
-    assert not sick  # a second try finds the files in its memory
+    code, text, _ = behind(rolls[2].call(), 3)
+    assert code == EXIT_SLOW  # a second try finds the files in its memory
     assert re.match(r"rank 1 still is importing torch on \S+: the environment lies on a slow file system", text)
     rolls[1].at("looking around", answers=True)
-    sick, text, repair = behind(rolls[2].call(), 3)
-    assert sick
+    code, text, repair = behind(rolls[2].call(), 3)
+    assert code == EXIT_SICK
     assert text.startswith("rank 1 on ")
     assert text.endswith("stands at 'looking around' while the others do not")
     assert "--exclude=" in repair
@@ -238,12 +240,12 @@ def test_the_node_that_nobody_reaches_is_named():
         "n3": {"n1": "10.0.0.1", "n2": "10.0.0.2"},
     }
     called = dict(stand(host, rank, own) for rank, (host, own) in enumerate(told.items()))
-    sick, text, repair = behind(called, 3)
-    assert (sick, text) == (True, "no connection from the other nodes to n3 (10.0.0.3)")
+    code, text, repair = behind(called, 3)
+    assert (code, text) == (EXIT_SICK, "no connection from the other nodes to n3 (10.0.0.3)")
     assert "--exclude=n3" in repair
     called = dict([stand("n1", 0, {"n2": "10.0.0.2"}), stand("n2", 1, {"n1": "10.0.0.1"})])
-    sick, text, repair = behind(called, 2)
-    assert (sick, text) == (False, "the nodes do not reach each other: n1 (10.0.0.1) and n2 (10.0.0.2)")
+    code, text, repair = behind(called, 2)
+    assert (code, text) == (EXIT_APART, "the nodes do not reach each other: n1 (10.0.0.1) and n2 (10.0.0.2)")
     assert "INTERFACE" in repair
     called = dict([stand("n1", 0, {"n2": ""}), stand("n2", 1, {"n1": ""})])
     assert behind(called, 2)[1] == "all ranks wait for each other"

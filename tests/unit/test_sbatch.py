@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from dist_lars.cli import load_config
+from dist_lars.locks import lock
 from dist_lars.plan import make_plan
 from tests.conftest import environment
 
@@ -86,6 +87,7 @@ STAND_IN = """#!/bin/bash
 told="ranks=${DIST_LARS_RANKS:-} cpus=${SRUN_CPUS_PER_TASK:-} nccl=${NCCL_SOCKET_IFNAME:-}"
 echo "$(basename "$0") $* | $told" >> "$CALLS"
 """
+NO_PYTHON = "#!/bin/sh\necho Traceback\necho No module named jsonargparse\nexit 1\n"
 ALLOCATION = {
     "SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "job", "SLURM_JOB_NUM_NODES": "2", "SLURM_NTASKS_PER_NODE": "4",
     "SLURM_GPUS_PER_NODE": "a100:4", "SLURM_CPUS_PER_TASK": "8", "SLURM_JOB_NODELIST": "n[1-2]",
@@ -101,7 +103,7 @@ def calls(tmp_path):
     for name in ("images", "elsewhere"):
         (tmp_path / name).mkdir()
     for name in ("bin/srun", "bin/mpirun", "bin/apptainer", "bin/scontrol", "empty/bin/python"):
-        (tmp_path / name).write_text("#!/bin/sh\nexit 1\n" if "python" in name else STAND_IN)
+        (tmp_path / name).write_text(NO_PYTHON if "python" in name else STAND_IN)
         (tmp_path / name).chmod(0o755)
 
     def run(*options, **extra):
@@ -129,6 +131,36 @@ def test_srun_gets_the_cores_the_ranks_and_the_network(calls):
         f"--wait=60 --label --nice=5 --quiet {TRAIN}"
     )
     assert told == "ranks=8 cpus=8 nccl=ib0"
+
+
+def test_mpirun_gives_its_daemons_all_cores(calls):
+    """An srun of its own starts them, and would give the one that forks all ranks of a node SRUN_CPUS_PER_TASK."""
+    _, (line,) = calls(LAUNCHER="mpirun")
+    assert line.startswith("mpirun -np 8")
+    assert " cpus= " in line
+
+
+def test_slow_imports_get_more_time_and_the_same_launcher(calls, tmp_path):
+    """srun stands in for ranks that still import torch at the first trial and are well at the second."""
+    run_dir = tmp_path / "runs/job-7"
+    slow = f"mkdir -p {run_dir}/preflight; touch {run_dir}/preflight/importing; exit 5"
+    (tmp_path / "bin/srun").write_text(STAND_IN + f'[[ "$*" != *"--limit 22"* ]] || {{ {slow}; }}\n')
+    output, lines = calls(LAUNCHER="auto", PREFLIGHT="yes")
+    told = [re.search(r"doctor --cluster --limit (\d+)|dist_lars.(train)", line).group(1, 2) for line in lines]
+    assert told == [("22", None), ("300", None), (None, "train")]
+    assert all(line.startswith("srun") for line in lines), output
+
+
+def test_a_run_that_is_under_way_is_left_alone(calls, tmp_path):
+    run_dir = tmp_path / "runs/job-7"
+    run_dir.mkdir(parents=True)
+    (run_dir / "STOP").touch()
+    with lock(run_dir / ".lock"):
+        output, lines = calls(LAUNCHER="srun")
+    assert "another job trains in runs/job-7" in output
+    assert not lines
+    assert (run_dir / "STOP").exists(), "it is the other job's"
+    assert calls(LAUNCHER="srun")[1]
 
 
 def test_apptainer_stands_between_launcher_and_python(calls, tmp_path):
@@ -172,6 +204,9 @@ def test_a_container_sees_every_folder_of_the_run(calls, tmp_path):
     assert bound("--data.path", place, DIST_LARS_DATA="/nowhere") == [str(tmp_path), place]
     assert bound(f"--data.path={place}", DIST_LARS_DATA="") == [str(tmp_path), place]
     assert bound(RUN_DIR=f"{place}/run", DIST_LARS_DATA="") == [str(tmp_path), place]
+    (tmp_path / "elsewhere/mine.yaml").touch()
+    assert bound("--data.stage", place, DIST_LARS_DATA="") == [str(tmp_path), place]
+    assert bound("--config", f"{place}/mine.yaml", DIST_LARS_DATA="") == [str(tmp_path), place]
     assert bound(STAGE=place, DIST_LARS_DATA="") == [str(tmp_path), place]
     assert bound(TMPDIR=place, DIST_LARS_DATA="") == [str(tmp_path), place]
     assert bound(RUN_DIR=f"{place}/new/run", DIST_LARS_DATA="") == [str(tmp_path), f"{place}/new"]
@@ -239,7 +274,7 @@ def test_an_array_task_is_told_how_to_go_on(calls):
         ({"SLURM_RESTART_COUNT": "21"}, "was restarted 21 times, by SLURM itself, and MAX_REQUEUES is 20"),
         ({"SLURM_JOB_NUM_NODES": "3", "SLURM_GPUS_PER_NODE": ""}, "batch_size 8192"),
         ({"CONTAINER": "x.sif", "LAUNCHER": "horovodrun"}, "use srun or mpirun"),
-        ({"VENV": "empty"}, "has no dist_lars: run `make install` on the login node"),
+        ({"VENV": "empty"}, "cannot run dist_lars (No module named jsonargparse): run `make install` on the"),
     ],
 )
 def test_what_cannot_work_is_refused_before_anything_starts(calls, extra, words):
