@@ -8,13 +8,15 @@
 #export DIST_LARS_DATA=${DIST_LARS_DATA:-/project/data/imagenet-packed}    # as compute nodes see it
 
 # --- 1. modules, and the .venv of `make install` ----------------------------------------------------------------------
-# The modules that were loaded for `make install HOROVOD_GPU_OPERATIONS=NCCL`: the compiler and CUDA, and the MPI only if
-# it was built on that one (MPI_HOME=...), for otherwise .venv has its own.
+# The modules that were loaded for `make install HOROVOD_GPU_OPERATIONS=NCCL`: compiler, CUDA and Python, for .venv uses
+# theirs; and the MPI only if it was built on that one (MPI_HOME=...), for otherwise .venv has its own.
 #module purge
-#module load gcc/12 cuda/13.0
+#module load gcc/12 cuda/13.0 python/3.11
 #LAUNCHER=${LAUNCHER:-auto}                # srun where its PMIx works, else mpirun
 #INTERFACE=ib0                             # the fast network, where nodes have several
-#STAGE='$SLURM_TMPDIR'                     # packed shards go to the node's own disk first; the quotes are meant
+#STAGE='$SLURM_TMPDIR'                     # packed shards go to the node's own disk first (or /local/$USER, as it is
+                                          # called here); the quotes are meant
+#export DIST_LARS_CACHE=/scratch/$USER     # where nodes cannot write to your home
 
 # --- 2. a container: compute nodes without internet, a small file quota, another processor than the login node's -------
 #module load apptainer

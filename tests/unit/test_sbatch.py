@@ -221,7 +221,7 @@ def test_staging_is_left_to_the_nodes(calls):
 
 # Of each block of site.example.sh, by its number: variables of a site that it needs, and what it must lead to.
 SITES = {
-    "1": ({}, "module load gcc/12 cuda/13.0", "srun --nodes=2", "nccl=ib0"),
+    "1": ({}, "module load gcc/12 cuda/13.0 python/3.11", "srun --nodes=2", "nccl=ib0"),
     "2": ({}, "module load apptainer", "--nv --bind /scratch /project/images/dist_lars.sif python -m dist_lars.train",
           "ranks=8"),
     "3": ({"CRAY_LD_LIBRARY_PATH": "/opt/cray"}, "module load PrgEnv-gnu", "--mpi=cray_shasta", "nccl=hsn0"),
