@@ -6,8 +6,8 @@
     python -m benchmarks.study benchmarks/studies/lars_vs_sgd.yaml --report     tables and plots of what there is
 
 Each run is a process of its own, `python -m dist_lars.train`, or ranks that `--launch "horovodrun -np 2"` starts. A run
-that is finished is a line of benchmarks/records/study-NAME.jsonl and is never repeated; start the same command again
-after any interruption. Several processes, also on several nodes, may work on one study: they take what is free. Options
+that is finished is a line of benchmarks/records/study-NAME.jsonl and is never repeated, nor is one that another study of the
+same images has there; start the same command again after any interruption. Several processes, also on several nodes, may work on one study: they take what is free. Options
 of the trainer (`--epochs 2`, `--data.workers 4`) hold for every run.
 """
 
@@ -45,7 +45,8 @@ def main(argv: list[str] | None = None) -> None:
         study = study_grid.load(args.study, "data.path" in overrides, overrides)
         store = study_store.Store(args.records, study.name)
         if args.list:
-            print(study_report.to_do(study, store.runs()))
+            others = {name: line for name, (line, _) in store.elsewhere(study.data).items()}
+            print(study_report.to_do(study, others | store.runs()))
             return
         code = 0
         if not args.report:
@@ -175,12 +176,23 @@ class Runner:
                 missing = [run for name, run in known.items() if name not in done and name not in self.failed]
                 if not missing:
                     return None
+                if self._shared(missing):  # which may open up others
+                    continue
                 for run in self._own_first(missing):
                     if run.id not in self.mine and self._claim(run):
                         self.started += 1
                         return run
                 self.changed.wait(POLL)
             return None
+
+    def _shared(self, missing: list[study_grid.Run]) -> bool:
+        """Take over the runs that another study has recorded: the same options compute the same."""
+        others = self.store.elsewhere(self.study.data)
+        found = [run for run in missing if run.id in others and run.id not in self.mine]
+        for run in found:
+            self.store.share(run, *others[run.id], study_report.header(self.study))
+            self._say(run, "taken from another study's records")
+        return bool(found)
 
     def _own_first(self, missing: list[study_grid.Run]) -> list[study_grid.Run]:
         task, of = self.args.task, self.args.of

@@ -268,7 +268,8 @@ def _where(store: Store) -> str:
 def to_do(study: Study, records: study_grid.Records) -> str:
     """The runs that are missing, and what they cost at the speed of those that are done."""
     results = Results(study, records)
-    missing = list({run.id: run for run in results.known if run.id not in records}.values())
+    known = {run.id: run for run in results.known}
+    missing = [run for name, run in known.items() if name not in records]
     later = {cell.key for cell in results.cells} - {run.cell.key for run in results.known if run.stage == "final"}
     own = [
         study_grid.final_run(study, c, 1.0, s) for c in results.cells if c.key in later for s in study.final["seeds"]
@@ -281,7 +282,7 @@ def to_do(study: Study, records: study_grid.Records) -> str:
         plan, name = run.plan(), run.options["model.name"]
         images[name] = images.get(name, 0) + plan.epochs * plan.steps_per_epoch * plan.batch_size
     lines.append(
-        f"{len(records)} runs done, {len(missing)} to do, {len(waiting)} more when the rates are chosen, "
+        f"{len(known) - len(missing)} runs done, {len(missing)} to do, {len(waiting)} more when the rates are chosen, "
         f"and those that extend a sweep"
     )
     for name, count in images.items():

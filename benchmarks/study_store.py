@@ -43,6 +43,21 @@ class Store:
         """{id: record} of the runs that are done."""
         return {line["id"]: line for line in self.lines() if line["kind"] == "run"}
 
+    def elsewhere(self, data: str) -> dict[str, tuple[Line, Line]]:
+        """{id: (record, its machine)} of the other studies in this folder that speak of the same images."""
+        found = {}
+        for path in sorted(self.folder.glob("study-*.jsonl")):
+            lines = Store(self.folder, path.stem.removeprefix("study-")).lines() if path != self.path else []
+            machines = {line["id"]: line for line in lines if line["kind"] == "machine"}
+            if any(line["kind"] == "study" and line.get("data") == data for line in lines):
+                found |= {line["id"]: (line, machines[line["on"]]) for line in lines if line["kind"] == "run"}
+        return found
+
+    def share(self, run: Any, line: Line, machine: Line, study: Line) -> None:
+        """Add another study's record of `run`, a `study_grid.Run`, under the labels that the run has here."""
+        own = {"cell": run.cell.labels, "stage": run.stage, "factor": run.factor}
+        self.add({k: v for k, v in (line | own).items() if k not in ("kind", "on")}, _content(machine), study)
+
     def add(self, run: Line, machine: Line, study: Line) -> None:
         """Add a run, where it was measured and what study it is of, each once."""
         on = _digest(machine)
@@ -56,6 +71,10 @@ class Store:
             if not any(line["kind"] == "run" and line["id"] == run["id"] for line in lines):
                 lines.append({"kind": "run", **run, "on": on})
             write_aside(self.path, "".join(json.dumps(line) + "\n" for line in lines).encode())
+
+
+def _content(machine: Line) -> Line:
+    return {k: v for k, v in machine.items() if k not in ("kind", "id")}
 
 
 def _digest(content: Line) -> str:
