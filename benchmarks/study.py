@@ -6,9 +6,10 @@
     python -m benchmarks.study benchmarks/studies/lars_vs_sgd.yaml --report     tables and plots of what there is
 
 Each run is a process of its own, `python -m dist_lars.train`, or ranks that `--launch "horovodrun -np 2"` starts. A run
-that is finished is a line of benchmarks/records/study-NAME.jsonl and is never repeated, nor is one that another study of the
-same images has there; start the same command again after any interruption. Several processes, also on several nodes, may work on one study: they take what is free. Options
-of the trainer (`--epochs 2`, `--data.workers 4`) hold for every run.
+that is finished is a line of benchmarks/records/study-NAME.jsonl and is never repeated, nor is one that another study
+of the same images has there; start the same command again after any interruption. Several processes, also on several
+nodes, may work on one study: they take what is free. Options of the trainer (`--epochs 2`, `--data.workers 4`) hold for
+every run.
 """
 
 import argparse

@@ -29,6 +29,7 @@ from dist_lars.plan import Plan, make_plan, planned_images
 KEYS = {
     "name", "title", "data", "base", "on_path", "axes", "where", "select", "final", "report",
 }  # fmt: skip
+REPORT = {"x", "series", "reference", "against"}
 ON_PATH = KEYS & {"base", "axes", "where", "select", "final"}
 SELECT = {"hold_out": 0.1, "epochs": None, "seeds": [0], "factors": [1.0], "extend": 0}
 FINAL = {"seeds": [1, 2, 3], "options": {}}
@@ -54,6 +55,10 @@ class Study:
     def series(self) -> str:
         """The axis whose labels are compared: one line each in the plots."""
         return self.report.get("series", list(self.axes)[-1])
+
+    def reference(self, label: str) -> str:
+        """What a label of the series is compared with: one for all, but for those that `against` gives their own."""
+        return self.report.get("against", {}).get(label, self.report["reference"])
 
 
 @dataclass(frozen=True)
@@ -123,6 +128,7 @@ def load(path: Path, path_given: bool = False, overrides: Options | None = None)
     select, final = raw.get("select"), raw.get("final") or {}
     _known(set(select or {}), set(SELECT), "select")
     _known(set(final), set(FINAL), "final")
+    _known(set(raw.get("report", {})), REPORT, "report")
     study = Study(
         name=raw.get("name", path.stem) + ("-own" if other else ""),
         title=raw.get("title", ""),
@@ -134,6 +140,8 @@ def load(path: Path, path_given: bool = False, overrides: Options | None = None)
         final={**FINAL, **final, "options": _options(final.get("options", {}))},
         report=raw.get("report", {}),
     )
+    against = study.report.get("against", {})
+    _known([*against, *against.values()], study.axes[study.series] if against else [], "report: against")
     varied = {key for labels in study.axes.values() for own in labels.values() for key in own}
     varied |= {key for rule in study.where for key in rule["set"]}
     for key in overrides or {}:

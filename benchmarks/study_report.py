@@ -161,23 +161,25 @@ def _steps(cell: Cell) -> int:
 
 
 def _comparisons(results: Results) -> str:
-    """The reference against every other series of its group."""
-    study = results.study
-    reference = study.report.get("reference")
-    rows = []
-    for group in study_grid.groups(study) if reference else []:
-        ours = next(cell for cell in group if cell.labels[study.series] == reference)
-        others = {tuple(run["id"] for run in results.of(cell)): cell for cell in group}
-        others.pop(tuple(run["id"] for run in results.of(ours)))  # also under another name
-        for runs, other in others.items():  # arms that share their runs are one comparison, not two
-            alike = [c for c in group if tuple(run["id"] for run in results.of(c)) == runs]
-            test = welch(results.top1(ours), results.top1(other))
+    """The reference of every series against it, in each group."""
+    study, rows = results.study, []
+    for group in study_grid.groups(study) if study.report.get("reference") else []:
+        cells = {cell.labels[study.series]: cell for cell in group}
+        ids = {label: tuple(run["id"] for run in results.of(cell)) for label, cell in cells.items()}
+        pairs: dict[Any, list[str]] = {}  # arms that share their runs are one comparison, not two
+        for label in cells:
+            reference = study.reference(label)
+            if ids[label] != ids[reference]:  # also under another name
+                pairs.setdefault((reference, ids[label]), []).append(label)
+        for (reference, _), alike in pairs.items():
+            other = cells[alike[0]]
+            test = welch(results.top1(cells[reference]), results.top1(other))
             if test:
                 rows.append(
                     {
                         **{k: v for k, v in other.labels.items() if k != study.series},
                         "steps per epoch": _steps(other),
-                        "difference": f"{reference} - {' = '.join(c.labels[study.series] for c in alike)}",
+                        "difference": f"{reference} - {' = '.join(alike)}",
                         **_points(test),
                         "p": test.p,
                     }

@@ -133,6 +133,16 @@ def test_the_reference_is_not_compared_with_itself_under_another_name(tmp_path):
     assert "LARS again" not in text
 
 
+def test_an_arm_may_have_a_reference_of_its_own(tmp_path):
+    arms = {name: {"optim.name": name} for name in ("lars", "sgd", "nesterov")}
+    report = {"series": "arm", "reference": "lars", "against": {"nesterov": "sgd"}}
+    wanted = study(tmp_path, axes={"batch_size": [64], "arm": arms}, report=report)
+    found = finish(wanted, lambda run: 60 + 5 * list(arms).index(run.cell.labels["arm"]) + run.seed)
+    rows = study_report._comparisons(study_report.Results(wanted, found)).splitlines()[2:]
+    assert [row.split("|")[3].strip() for row in rows] == ["lars - sgd", "sgd - nesterov"]
+    assert [float(row.split("|")[4]) for row in rows] == [-5, -5]
+
+
 def test_losses_against_the_smallest_batch(tmp_path):
     wanted = study(tmp_path)
     found = finish(wanted, lambda run: 70.0 - 20 * (run.cell.key == "256 | SGD") + run.seed)
