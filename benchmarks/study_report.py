@@ -43,6 +43,23 @@ def welch(a: Sequence[float], b: Sequence[float]) -> Compared | None:
     return Compared(statistics.mean(a) - statistics.mean(b), float(low), float(high), float(test.pvalue))
 
 
+def contrast(plus: Sequence[Sequence[float]], minus: Sequence[Sequence[float]]) -> Compared | None:
+    """Welch's test for a sum of means less another one, degrees of freedom by Welch and Satterthwaite."""
+    from scipy import stats
+
+    if min(map(len, [*plus, *minus])) < 2:
+        return None
+    parts = [(statistics.variance(values) / len(values), len(values) - 1) for values in [*plus, *minus]]
+    squared = sum(part for part, _ in parts)
+    if squared == 0:
+        return None
+    student = stats.t(squared**2 / sum(part**2 / freedom for part, freedom in parts))
+    difference, error = sum(map(statistics.mean, plus)) - sum(map(statistics.mean, minus)), squared**0.5
+    reach = float(student.ppf(0.975)) * error
+    p = 2 * float(student.sf(abs(difference) / error))
+    return Compared(difference, difference - reach, difference + reach, p)
+
+
 def holm(values: Sequence[float]) -> list[float]:
     """p values corrected for their number (Holm 1979)."""
     order = sorted(range(len(values)), key=lambda i: values[i])
@@ -194,15 +211,25 @@ def _points(test: Any) -> dict[str, Any]:
 
 
 def _losses(results: Results) -> str:
-    """What every series loses from the first value of the x axis, in order, to each other one."""
+    """What every series loses from the first value of the x axis to each other one, and the reference less than it."""
     study, x = results.study, results.study.report.get("x")
+    at = {tuple(cell.labels.items()): cell for cell in results.cells}
     rows, first = [], {}
     for cell in sorted(results.cells, key=lambda c: study_plots.order(study, c)) if x else []:
         rest = tuple(v for k, v in cell.labels.items() if k != x)
         base = first.setdefault(rest, cell)
         test = welch(results.top1(cell), results.top1(base)) if base is not cell else None
-        if test:
-            rows.append({**cell.labels, "steps per epoch": _steps(cell), "against": base.labels[x], **_points(test)})
+        if not test:
+            continue
+        row = {**cell.labels, "steps per epoch": _steps(cell), "against": base.labels[x], **_points(test)}
+        if study.report.get("reference"):
+            own = study.reference(cell.labels[study.series])
+            ours, ours_base = (at[tuple((c.labels | {study.series: own}).items())] for c in (cell, base))
+            less = contrast(
+                [results.top1(ours), results.top1(base)], [results.top1(ours_base), results.top1(cell)]
+            ) if results.of(ours) != results.of(cell) else None  # fmt: skip
+            row |= {f"{k} that the reference loses less": v for k, v in (_points(less) if less else {}).items()}
+        rows.append(row)
     return show.markdown(rows) if rows else ""
 
 

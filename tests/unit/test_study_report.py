@@ -40,6 +40,7 @@ def test_welch_is_that_of_the_textbook():
     assert found.p == pytest.approx(0.0690, abs=5e-4)
     assert (found.low + found.high) / 2 == pytest.approx(-3.5)
     assert found.low < found.difference < found.high
+    assert study_report.contrast([[1.0, 2.0, 3.0, 4.0]], [[2.0, 4.0, 6.0, 8.0, 10.0]]) == pytest.approx(found)
 
 
 @pytest.mark.parametrize(("a", "b"), [([1.0], [2.0, 3.0]), ([], []), ([1.0, 1.0], [2.0, 2.0])])
@@ -147,11 +148,29 @@ def test_losses_against_the_smallest_batch(tmp_path):
     wanted = study(tmp_path)
     found = finish(wanted, lambda run: 70.0 - 20 * (run.cell.key == "256 | SGD") + run.seed)
     rows = study_report._losses(study_report.Results(wanted, found)).splitlines()
-    assert rows[0] == "| batch_size | arm | steps per epoch | against | points | 95 % interval |"
+    assert rows[0] == (
+        "| batch_size | arm | steps per epoch | against | points | 95 % interval | points that the reference loses less "
+        "| 95 % interval that the reference loses less |"
+    )
     cells = [[cell.strip() for cell in row.split("|")] for row in rows[2:]]
     assert [(row[1], row[2], row[4], round(float(row[5]))) for row in cells] == [
         ("256", "SGD", "64", -20), ("256", "LARS", "64", 0),
     ]  # fmt: skip
+    # Four variances of 1 over 3: the error is sqrt(4 / 3), 8 degrees of freedom, t = 2.30600.
+    assert [row[7:9] for row in cells] == [["20.0", "17.34 to 22.66"], ["", ""]]
+
+
+def test_a_contrast_of_four_means_is_welch_and_satterthwaite():
+    """By hand: 75 - 71 - (80 - 70) = -6; variances over n 1/3, 4/3, 1/3, 16/3: 22/3 with 484/137 degrees of freedom.
+
+    t(3.5328) at 97.5 % is 2.937, by linear interpolation of 1/df between 3.182 (3) and 2.776 (4).
+    """
+    found = study_report.contrast(
+        [[74.0, 75.0, 76.0], [68.0, 70.0, 72.0]], [[70.0, 71.0, 72.0], [76.0, 80.0, 84.0]]
+    )  # fmt: skip
+    assert found.difference == pytest.approx(-6)
+    assert found.high - found.difference == pytest.approx(2.937 * (22 / 3) ** 0.5, rel=0.005)
+    assert found.low + found.high == pytest.approx(-12)
 
 
 def test_plots_are_drawn(told):
