@@ -16,6 +16,7 @@ from benchmarks.study_grid import Cell, Study
 from benchmarks.study_store import Store
 
 Line = Mapping[str, Any]
+LEARNED = 3.0  # points above guessing: less is no learning
 
 
 class Compared(NamedTuple):
@@ -190,18 +191,22 @@ def _comparisons(results: Results) -> str:
                 pairs.setdefault((reference, ids[label]), []).append(label)
         for (reference, _), alike in pairs.items():
             other = cells[alike[0]]
-            test = welch(results.top1(cells[reference]), results.top1(other))
-            if test:
-                rows.append(
-                    {
-                        **{k: v for k, v in other.labels.items() if k != study.series},
-                        "steps per epoch": _steps(other),
-                        "difference": f"{reference} - {' = '.join(alike)}",
-                        **_points(test),
-                        "p": test.p,
-                    }
-                )
-    for row, corrected in zip(rows, holm([row["p"] for row in rows]), strict=True):
+            a, b = results.top1(cells[reference]), results.top1(other)
+            if min(len(a), len(b)) < 2:
+                continue
+            test = welch(a, b)
+            rows.append(
+                {
+                    **{k: v for k, v in other.labels.items() if k != study.series},
+                    "steps per epoch": _steps(other),
+                    "difference": f"{reference} - {' = '.join(alike)}",
+                    "points": round(statistics.mean(a) - statistics.mean(b), 2),
+                    "95 % interval": _points(test)["95 % interval"] if test else "no spread, no test",
+                    "p": test.p if test else None,
+                }
+            )
+    tested = [row for row in rows if row["p"] is not None]
+    for row, corrected in zip(tested, holm([row["p"] for row in tested]), strict=True):
         row["p, Holm"], row["p"] = f"{corrected:.2g}", f"{row['p']:.2g}"
     return show.markdown(rows) if rows else ""
 
@@ -270,9 +275,30 @@ def _rates(results: Results) -> str:
         rows.append(
             {**cell.labels, "rule's rate": f"{rate:.3g}", "rate: top-1 on the images held out": ", ".join(told)}
         )
-        if best is not None and study_grid.at_edge(study, cell, results.factors[cell.key], results.records):
-            warnings.append(f"- **at the edge**: {cell.key}: the best rate, {best * rate:.3g}, is the last one tried")
+        if best is None:
+            continue
+        guessing = 100 / results.of(cell, "select")[0]["classes"]
+        if scores[best] < guessing + LEARNED:
+            warnings.append(
+                f"- **nothing learned**: {cell.key}: guessing gives {guessing:g}, so no rate was chosen here"
+            )
+        if study_grid.at_edge(study, cell, results.factors[cell.key], results.records):
+            warning = f"- **at the edge**: {cell.key}: the best rate, {best * rate:.3g}, is the last one tried"
+            inside = _inside(results, cell, best)
+            warnings.append(warning + f"; {inside} has it inside its sweep" * bool(inside))
     return "\n\n".join([show.markdown(rows) if rows else "None yet.", "\n".join(warnings)]).strip()
+
+
+def _inside(results: Results, cell: Cell, factor: float) -> str:
+    """The arm compared with the cell that has tried rates on both sides of this one, if any: then no edge is there."""
+    study = results.study
+    wanted = [run.id for run in study_grid.sweep(study, cell, [factor])]
+    for other in results.cells:
+        if other.beside(study.series) == cell.beside(study.series):
+            for f in results.factors[other.key][1:-1]:
+                if [run.id for run in study_grid.sweep(study, other, [f])] == wanted:
+                    return other.labels[study.series]
+    return ""
 
 
 def _bold(text: str, yes: bool) -> str:

@@ -101,6 +101,47 @@ def test_a_rate_at_the_edge_is_warned_of(tmp_path):
     assert "at the edge" not in study_report._rates(inside)
 
 
+def test_an_edge_that_lies_inside_the_sweep_of_another_arm_is_told_so(tmp_path):
+    """At 256 the linear rule's 0.2, 0.4, 0.8 begin inside the 0.1, 0.2, 0.4 of the square-root rule."""
+    rules = {"linear": {"schedule.scaling": "linear"}, "sqrt": {"schedule.scaling": "sqrt"}}
+    wanted = study(
+        tmp_path,
+        axes={"batch_size": [256], "arm": rules},
+        report={"series": "arm"},
+        select={**TINY["select"], "extend": 0},
+    )
+    found = finish(wanted, lambda run: 50 - 100 * abs(run.options["optim.lr"] - 0.2))
+    text = study_report._rates(study_report.Results(wanted, found))
+    assert "256 | linear: the best rate, 0.2, is the last one tried; sqrt has it inside its sweep" in text
+    assert text.count("at the edge") == 1
+
+
+@pytest.mark.parametrize(("best", "told"), [(12.9, True), (13.0, False)])
+def test_a_sweep_that_learned_nothing_has_chosen_nothing(tmp_path, best, told):
+    wanted = study(tmp_path, select={**TINY["select"], "extend": 0})
+    found = finish(wanted, lambda run: (best if run.cell.key == "64 | SGD" else 40.0) - abs(run.factor - 1))
+    text = study_report._rates(study_report.Results(wanted, found))
+    assert text.count("nothing learned") == told
+    assert ("64 | SGD: guessing gives 10" in text) == told
+
+
+def test_a_difference_without_spread_has_a_row_and_no_part_in_the_correction(tmp_path):
+    arms = {name: {"optim.name": name} for name in ("lars", "sgd", "nesterov")}
+    report = {"series": "arm", "reference": "lars"}
+    wanted = study(tmp_path, axes={"batch_size": [64], "arm": arms}, report=report)
+    base = {"lars": 10.0, "sgd": 12.0, "nesterov": 11.0}
+
+    def accuracy(run):
+        arm = run.cell.labels["arm"]
+        return base[arm] + run.seed * (arm == "nesterov")
+
+    rows = study_report._comparisons(study_report.Results(wanted, finish(wanted, accuracy))).splitlines()[2:]
+    cells = [[cell.strip() for cell in row.split("|")] for row in rows]
+    assert cells[0][3:-1] == ["lars - sgd", "-2.00", "no spread, no test", "", ""]
+    assert cells[1][3] == "lars - nesterov"
+    assert cells[1][6] == cells[1][7] != ""  # one test in the family
+
+
 def test_a_shared_run_counts_for_both_cells(tmp_path):
     rules = {"linear": {"schedule.scaling": "linear"}, "sqrt": {"schedule.scaling": "sqrt"}}
     axes = {"batch_size": [64], "arm": rules}  # the base batch, where the rules agree
@@ -149,8 +190,8 @@ def test_losses_against_the_smallest_batch(tmp_path):
     found = finish(wanted, lambda run: 70.0 - 20 * (run.cell.key == "256 | SGD") + run.seed)
     rows = study_report._losses(study_report.Results(wanted, found)).splitlines()
     assert rows[0] == (
-        "| batch_size | arm | steps per epoch | against | points | 95 % interval | points that the reference loses less "
-        "| 95 % interval that the reference loses less |"
+        "| batch_size | arm | steps per epoch | against | points | 95 % interval "
+        "| points that the reference loses less | 95 % interval that the reference loses less |"
     )
     cells = [[cell.strip() for cell in row.split("|")] for row in rows[2:]]
     assert [(row[1], row[2], row[4], round(float(row[5]))) for row in cells] == [
