@@ -240,7 +240,7 @@ class Runner:
             self.changed.notify_all()
 
     def _launch(self, words: list[str], run: study_grid.Run) -> tuple[int, float]:
-        """Exit code, and seconds of CPU that the process and its children took."""
+        """Exit code, and seconds of CPU that the run's processes and their children took so far."""
         root = str(Path(__file__).parent.parent)
         env = dict(os.environ)
         if not self.args.launch:  # ranks share the cores of their nodes themselves
@@ -252,7 +252,10 @@ class Runner:
             )
             _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
-        return process.returncode, usage.ru_utime + usage.ru_stime
+        told = self.work / run.id / "cpu_seconds"  # a line for each process: a run that was stopped has several
+        with told.open("a") as file:
+            file.write(f"{usage.ru_utime + usage.ru_stime}\n")
+        return process.returncode, sum(map(float, told.read_text().split()))
 
     def _forget(self, run: study_grid.Run) -> None:
         for suffix in (".yaml", ".log"):

@@ -1,5 +1,7 @@
 """What a study takes up next, without training anything."""
 
+import sys
+
 import pytest
 from study_tools import TINY, finish, study
 
@@ -60,3 +62,13 @@ def test_what_other_studies_have_is_listed_as_done(tmp_path, other, capsys):
     command.main([str(tmp_path / "tiny.yaml"), "--records", str(tmp_path / "records"), "--list"])
     assert "6 runs done, 3 to do" in capsys.readouterr().out
     assert not (tmp_path / "records/study-tiny.jsonl").exists()
+
+
+def test_the_seconds_of_a_run_that_went_on_are_those_of_all_its_processes(tmp_path):
+    mine = runner(study(tmp_path), tmp_path)
+    run = mine._next()
+    (mine.work / run.id).mkdir()
+    _, first = mine._launch([sys.executable, "-c", "sum(range(10**7))"], run)
+    code, both = mine._launch([sys.executable, "-c", "raise SystemExit(3)"], run)
+    assert code == 3
+    assert both > first > 0
