@@ -31,7 +31,8 @@ KEYS = {
 }  # fmt: skip
 REPORT = {"x", "series", "reference", "against"}
 ON_PATH = KEYS & {"base", "axes", "where", "select", "final"}
-SELECT = {"hold_out": 0.1, "epochs": None, "seeds": [0], "factors": [1.0], "extend": 0}
+# Of a sweep: `epochs` for all cells alike, or their `share` of each cell's own; neither: all of them.
+SELECT = {"hold_out": 0.1, "epochs": None, "share": None, "seeds": [0], "factors": [1.0], "extend": 0}
 FINAL = {"seeds": [1, 2, 3], "options": {}}
 Options = dict[str, Any]
 Records = Mapping[str, Mapping[str, Any]]  # by run
@@ -127,6 +128,8 @@ def load(path: Path, path_given: bool = False, overrides: Options | None = None)
         raw = _on_path(raw, other)
     select, final = raw.get("select"), raw.get("final") or {}
     _known(set(select or {}), set(SELECT), "select")
+    if select and select.get("epochs") and select.get("share"):
+        raise UserError("select: either `epochs`, one number for all cells, or their `share` of each cell's own")
     _known(set(final), set(FINAL), "final")
     _known(set(raw.get("report", {})), REPORT, "report")
     study = Study(
@@ -250,8 +253,9 @@ def sweep(study: Study, cell: Cell, factors: Sequence[float]) -> list[Run]:
 def select_run(study: Study, cell: Cell, factor: float, seed: int) -> Run:
     """One of them: on the training images but for those held out, which judge it after every epoch."""
     s = study.select or SELECT
-    epochs = min(s["epochs"] or cell.options["epochs"], cell.options["epochs"])  # --epochs 1 shortens both
-    share = epochs / cell.options["epochs"]
+    whole = cell.options["epochs"]
+    epochs = min(s["epochs"] or max(1, round(whole * (s["share"] or 1))), whole)  # --epochs 1 shortens both
+    share = epochs / whole
     own = {"epochs": epochs, "data.hold_out": s["hold_out"], "log.eval_epochs": 1}
     if "schedule.warmup_epochs" in cell.options:  # a shorter training warms up for the same share of it
         own["schedule.warmup_epochs"] = cell.options["schedule.warmup_epochs"] * share

@@ -160,6 +160,7 @@ def _method(study: Study) -> str:
             f" The learning rate of every cell is the best of {len(s['factors'])} multiples of its rule's, on "
             f"{100 * s['hold_out']:g} % of the training images held out, with {len(s['seeds'])} seed(s)"
             + (f" and {s['epochs']} epochs" if s["epochs"] else "")
+            + (f" and {100 * s['share']:g} % of the epochs" if s["share"] else "")
             + f"; where a best one lies at the edge, every cell compared with it gets one more (up to {s['extend']})."
         )
     return text

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from study_tools import TINY, finish, record, study
 
-from benchmarks import study_grid
+from benchmarks import study_grid, study_store
 from dist_lars.errors import UserError
 
 SHIPPED = sorted((Path(study_grid.__file__).parent / "studies").glob("*.yaml"))
@@ -42,6 +42,13 @@ def test_a_sweep_trains_shorter_on_the_others_and_is_judged_on_those_held_out(tm
     plan = runs[0].plan()
     assert (plan.epochs, plan.train_images, plan.val_images) == (2, 1200, 300)
     assert plan.rate.warmup_steps == plan.steps_per_epoch / 2  # the same share of a shorter training
+
+
+def test_sweeps_may_have_a_share_of_the_epochs_of_each_cell(tmp_path):
+    axes = {"length": {"short": {"epochs": 4}, "long": {"epochs": 24}, "one": {"epochs": 1}}}
+    select = {"share": 0.5, "factors": [1]}
+    wanted = study(tmp_path, axes=axes, select=select, report={"series": "length"})
+    assert [run.plan().epochs for run in study_grid.runs(wanted, {})] == [2, 12, 1]
 
 
 def test_final_runs_follow_at_the_best_rate_with_all_seeds_on_all_images(tmp_path):
@@ -144,6 +151,14 @@ def test_two_rules_that_arrive_at_one_rate_share_the_run(tmp_path):
     assert len({r.id for r in runs}) == 3 + 4
 
 
+@pytest.mark.parametrize("name", ["lars_vs_sgd", "digits", "scaling"])
+def test_recorded_runs_are_runs_of_their_study(name):
+    """Whoever changes how options come about loses hours of records, unless ids stay."""
+    records = study_store.Store(study_store.record.RECORDS, name).runs()
+    wanted = study_grid.load(SHIPPED[0].parent / f"{name}.yaml")
+    assert set(records) <= {run.id for run in study_grid.runs(wanted, records)}
+
+
 # --- files ------------------------------------------------------------------------------------------------------------
 
 
@@ -153,6 +168,7 @@ def test_two_rules_that_arrive_at_one_rate_share_the_run(tmp_path):
         ({"axis": {}}, "unknown key 'axis'"),
         ({"axes": {}}, "needs `axes`"),
         ({"select": {"epoch": 3}}, "select: unknown key 'epoch'"),
+        ({"select": {"epochs": 3, "share": 0.5}}, "select: either `epochs`"),
         ({"where": [{"arm": "LRAS", "set": {}}]}, "where: arm: unknown key 'LRAS'; known: LARS, SGD"),
         ({"report": {"refrence": "LARS"}}, "report: unknown key 'refrence'"),
         ({"report": {"series": "arm", "against": {"SGD": "LRAS"}}}, "report: against: unknown key 'LRAS'"),
