@@ -330,7 +330,7 @@ def to_do(study: Study, records: study_grid.Records) -> str:
     own = [
         study_grid.final_run(study, c, 1.0, s) for c in results.cells if c.key in later for s in study.final["seeds"]
     ]
-    waiting = list({run.id: run for run in own}.values())
+    waiting = list({run.id: run for run in own if run.id not in records}.values())
     speeds = _speeds(records)
     lines = [f"{run.id}  {run.cell.key}  {run.stage}  x {run.factor:g}  seed {run.seed}" for run in missing]
     images: dict[str, float] = {}
