@@ -33,8 +33,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from benchmarks import record, show
 from benchmarks.group import Group, close_all, described, in_turn, launcher_at_hand, slots
 from benchmarks.scaling_results import PARTS, Case, Measured, compare, recipe, shown, split_rows, table
@@ -85,8 +83,7 @@ def main() -> None:
         f"{show.markdown(shown(rows))}\n\nMedian milliseconds of a step:\n\n{show.markdown(split)}\n\n{definitions()}"
     )
     print(tables)
-    raw = {f"{key} rank {r}": np.concatenate([b.sum(2)[r] for b in m.blocks]).tolist()
-           for key, m in measured.items() for r in range(m.case.ranks)}  # fmt: skip
+    raw = {f"{key} rank {r}": seconds for key, m in measured.items() for r, seconds in m.raw().items()}
     path = record.write(
         args.name or f"scaling_{args.model}", rows, raw, model=args.model, mode=args.mode, batch=args.batch,
         image_size=args.image_size, rounds=turns, steps_per_round=args.steps, still_warming_up=unsteady,
@@ -201,7 +198,7 @@ def measure(groups: dict[str, Group], measured: dict[str, Measured], args: argpa
     return done, unsteady
 
 
-def warm_up(group: Group, work: dict[str, Any], most: int = 4) -> bool:
+def warm_up(group: Group, work: dict[str, Any], most: int = 8) -> bool:
     """Turns until one is within 5 % of the one before; whether `most` were enough."""
     last = float("inf")
     for _ in range(most):

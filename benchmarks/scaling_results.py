@@ -16,6 +16,7 @@ PARTS = ("data", "input", "forward", "backward", "wait", "optimizer", "rest")
 RECIPES = {"resnet18": "resnet18_8k", "alexnet": "alexnet_8k", "alexnet_bn": "alexnet_bn_8k", "resnet50": "resnet50_8k"}
 
 
+ENOUGH = 6  # rounds: the bootstrap of fewer medians is an interval of one or two values
 RATIOS = ("of 1 rank", "of 1 node", "of ceiling", "in step", "of DDP")
 
 
@@ -47,6 +48,10 @@ class Measured:
         block = np.array([[[step[p] for p in PARTS] for step in steps] for steps in answers])
         (self.apart if apart else self.blocks).append(block)
         self.cpu += [step["cpu"] for steps in answers for step in steps if not apart]
+
+    def raw(self) -> dict[int, list[float]]:
+        """Seconds of every step by rank."""
+        return dict(enumerate(np.concatenate([block.sum(2) for block in self.blocks], axis=1).tolist()))
 
     def steps(self) -> np.ndarray:
         """Seconds of every step: of the slowest rank; of independent ones, the time that stands for their sum."""
@@ -125,10 +130,16 @@ def table(measured: dict[str, Measured], args: argparse.Namespace, hosts: dict[s
     return rows
 
 
-def ratio(name: str, values: np.ndarray, base: np.ndarray) -> dict[str, float]:
+def ratio(name: str, values: np.ndarray, base: np.ndarray) -> dict[str, float | None]:
     """values / base, round by round: the median under `name`, its interval under `name low` and `name high`."""
-    seen = record.ratio(values, base)
-    return {name: seen["median"], f"{name} low": seen["low"], f"{name} high": seen["high"]}
+    return interval(name, values / base)
+
+
+def interval(name: str, values: np.ndarray) -> dict[str, float | None]:
+    """The median under `name`, its interval under `name low` and `name high`: None where too few values tell none."""
+    seen = record.summary(values.tolist())
+    low, high = (seen["low"], seen["high"]) if len(values) >= ENOUGH else (None, None)
+    return {name: seen["median"], f"{name} low": low, f"{name} high": high}
 
 
 def shown(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

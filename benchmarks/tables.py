@@ -111,7 +111,7 @@ def allreduce() -> str:
 
 
 def tune() -> str:
-    """Each knob of the exchange against our default, side by side."""
+    """Each knob of the exchange against our defaults, these against themselves and against Horovod's own."""
     found = [body for name in ("tune_alexnet", "tune_resnet18") if (body := _record(name))]
     if not found:
         return "Not measured yet: `python -m benchmarks.tune --out comm.yaml`."
@@ -119,8 +119,10 @@ def tune() -> str:
     for body in found:
         for r in body["rows"]:
             if r["value"] != "default":
-                row = table.setdefault((r["knob"], r["value"]), {"knob": r["knob"], "value": r["value"]})
-                row[f"{body['model']}, x default"] = f"{r['x default']:.3f} ({r['low']:.3f} to {r['high']:.3f})"
+                value = f"{r['value']} (the default itself)" if r.get("is the default") else r["value"]
+                row = table.setdefault((r["knob"], value), {"knob": r["knob"], "value": value})
+                sure = "" if r["low"] is None else f" ({r['low']:.3f} to {r['high']:.3f})"
+                row[f"{body['model']}, x default"] = f"{r['x default']:.3f}{sure}"
     return show.markdown(table.values()) + "".join(_link(f"tune_{body['model']}") for body in found)
 
 

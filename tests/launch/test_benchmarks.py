@@ -63,7 +63,7 @@ def test_tune(measure, tmp_path):
 
     out = tmp_path / "comm.yaml"
     body = measure(tune, *SMALL, "--steps", "1", "--rounds", "2", "--knobs", "comm.cache", "--out", str(out))
-    assert [row["value"] for row in body["rows"]] == ["default", "0"]
+    assert [row["value"] for row in body["rows"]] == ["default", "again", "Horovod's own defaults", "default", "0"]
     assert load_config("resnet18_8k", str(out)).comm.cache == body["chosen"].get("comm.cache")
 
 

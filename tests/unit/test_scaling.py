@@ -61,7 +61,7 @@ def test_efficiencies_are_taken_round_by_round():
         Case(2, "ddp"): ([[2.5], [2.0]], [[5.0], [3.0]]),
         Case(4, "horovod"): ([[2.5]] * 4, [[5.0]] * 4),
     }
-    found = {case.key(): measured(case, *blocks) for case, blocks in runs.items()}
+    found = {case.key(): measured(case, *blocks * 3) for case, blocks in runs.items()}
     hosts = {"1 ranks": [1], "2 ranks": [2], "4 ranks": [2, 2]}
     rows = {Case(r["ranks"], r["carrier"]): r for r in scaling.table(found, ARGS, hosts)}
     two, four = rows[Case(2, "horovod")], rows[Case(4, "horovod")]
@@ -147,7 +147,7 @@ def test_warm_up_ends_when_two_turns_agree():
     one = SimpleNamespace(do=lambda _: [[dict.fromkeys(PARTS, next(turns))]])
     assert scaling.warm_up(one, {"steps": 1})
     assert next(turns) == 1.0
-    turns = iter([9.0, 5.0, 9.0, 5.0])
+    turns = iter([9.0, 5.0] * 4)
     assert not scaling.warm_up(one, {"steps": 1})
 
 
@@ -250,11 +250,85 @@ def test_no_group_is_always_the_first():
     assert all(name == answer for name, answer in order)
 
 
+def tuned(speeds: dict[str, list[float]], *equal: str) -> list[dict]:
+    case = Case(1, "horovod")
+    found = {name: measured(case, *([[10 / v]] for v in values)) for name, values in speeds.items()}
+    return [tune.row_of("comm.cycle_ms", name, found, name in equal) for name in speeds]
+
+
 def test_a_knob_is_turned_only_for_a_sure_gain():
     speeds = {"default": [10.0] * 8, "5": [9.0, 12.0] * 4, "20": [10.5, 10.6] * 4}
-    rows = [tune.row_of("comm.cycle_ms", name, speeds) for name in speeds]
-    assert tune.choose(rows) == "20"
-    assert tune.choose(rows[:2]) == "default"
+    assert tune.choose(tuned(speeds)) == "20"
+    assert tune.choose(tuned({"default": [10.0] * 8, "5": [9.0, 12.0] * 4})) is None
+    assert tune.choose(tuned(speeds, "20")) is None, "the default against itself is noise, however fast"
+    assert tune.choose(tuned({name: values[:5] for name, values in speeds.items()})) is None, "too few rounds"
+
+
+def test_a_value_that_is_the_default_is_known_as_such():
+    cpu = {"HOROVOD_CYCLE_TIME": "5", "HOROVOD_FUSION_THRESHOLD": "0", "OMPI_MCA_mpi_yield_when_idle": "1"}
+    theirs = {name: tune.UNSET[name] for name in tune.THEIRS}
+    for equal in ({}, {"comm.cycle_ms": 5.0}, {"comm.fusion_mb": 0.0}):
+        assert tune.is_default(equal, cpu)
+    for other in ({"comm.cycle_ms": 1.0}, {"comm.fusion_mb": 128.0}, {"comm.cache": 0}, {"comm.bucket_mb": 5.0},
+                  {"comm.cycle_ms": 5.0, "comm.wire": "bf16"}, theirs):  # fmt: skip
+        assert not tune.is_default(other, cpu)
+    assert tune.is_default(theirs, {}), "on GPUs we change nothing"
+
+
+@pytest.fixture
+def fake_groups(monkeypatch):
+    """`fake_groups(fast)`: in place of groups of ranks, whose steps take 1 s, or 0.5 s where `fast(settings, turn)`."""
+
+    def put(fast):
+        turns = iter(range(10**6))
+
+        def start(args, settings):
+            turn = next(turns)
+
+            def do(work):
+                seconds = 0.5 if fast(settings, turn) else 1.0
+                step = {p: seconds if p == "forward" else 0.0 for p in (*PARTS, "cpu")}
+                return [[step] * work["steps"]] * args.ranks
+
+            return SimpleNamespace(do=do, facts=[{"environment": {}}], hosts=lambda: [2], close=lambda: None)
+
+        monkeypatch.setattr(tune, "start", start)
+
+    return put
+
+
+@pytest.mark.parametrize("lucky", [False, True])
+def test_what_is_put_down_is_measured_once_more(fake_groups, monkeypatch, tmp_path, lucky):
+    """Every knob against the plain defaults; then all of them together, and only that counts."""
+    from dist_lars.cli import load_config
+
+    asked, last = [], 3 + 4 + 3  # groups before the final turn: of the defaults, of two knobs
+
+    def fast(settings, turn):
+        asked.append(dict(settings))
+        return settings.get("comm.bucket_mb") == 5.0 and not (lucky and turn >= last)
+
+    fake_groups(fast)
+    monkeypatch.setattr(record, "write", lambda name, rows, raw, **extra: found.update(extra, rows=rows, raw=raw)
+                        or tmp_path / f"{name}.json")  # fmt: skip
+    found, out = {}, tmp_path / "comm.yaml"
+    words = ["tune", "--knobs", "comm.cycle_ms,comm.bucket_mb", "--out", str(out)]
+    monkeypatch.setattr("sys.argv", words)
+    tune.main()
+    assert found["tried_together"] == {"comm.bucket_mb": 5.0}
+    assert found["chosen"] == ({} if lucky else {"comm.bucket_mb": 5.0})
+    assert load_config("resnet18_8k", str(out)).comm.bucket_mb == (25.0 if lucky else 5.0)
+    assert {"comm.bucket_mb": 100.0} in asked, "against the plain defaults"
+    assert [r["value"] for r in found["rows"] if r["knob"] == "-"] == ["default", "again", "Horovod's own defaults"]
+    assert found["raw"]["comm.bucket_mb=5.0 rank 1"] == [0.5] * 24
+    assert found["still_warming_up"] == []
+
+
+def test_an_unknown_knob_is_refused(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["tune", "--knobs", "comm.cycle", "--out", "x"])
+    with pytest.raises(SystemExit):
+        tune.main()
+    assert "there is no 'comm.cycle'; choose from comm.cycle_ms, comm.bucket_mb" in capsys.readouterr().err
 
 
 def test_what_tune_writes_is_a_config(tmp_path):
@@ -268,7 +342,7 @@ def test_what_tune_writes_is_a_config(tmp_path):
     assert load_config("resnet18_8k", str(file)).comm == load_config("resnet18_8k").comm
     for knob, values in tune.GRID.items():
         for value in values:
-            assert load_config(overrides={} if value is None else {knob: value})
+            assert load_config(overrides={knob: value})
 
 
 def test_the_tables_of_the_readme_are_current():
