@@ -17,8 +17,8 @@ Definitions:
   machine loses by sharing memory and power is lost there, too; what is missing to it is communication, and waiting for
   the slower rank. In step: against the same trainings if they had waited for each other after every step.
 - Of DDP: against torch's DistributedDataParallel in the same loop.
-- Exposed communication: the median step minus that of the independent ranks. `wait` is the part of it that comes
-  after backward. `ranks apart`: how much longer than the mean the slowest rank works at a step, of itself: what waiting
+- Over ceiling: the step minus that of the independent ranks, round by round: all that communication costs, also where
+  it slows backward down, and waiting for the slower rank. `wait` is what comes after backward. `ranks apart`: how much longer than the mean the slowest rank works at a step, of itself: what waiting
   for each other costs on a machine that is not equally fast everywhere.
 - Intervals: bootstrap of the median over rounds, 95 %. p99/median: the 99th percentile of the steps over their median.
 - Hours: of all epochs of the recipe at this speed, without evaluation; node-hours: times the hosts of the case.
@@ -35,7 +35,7 @@ from typing import Any
 
 from benchmarks import record, show
 from benchmarks.group import Group, close_all, described, in_turn, launcher_at_hand, slots
-from benchmarks.scaling_results import PARTS, Case, Measured, compare, recipe, shown, split_rows, table
+from benchmarks.scaling_results import PARTS, Case, Measured, compare, recipe, shown, shown_split, split_rows, table
 
 CARRIERS = {"horovod": None, "horovod-gloo": "gloo", "torch": None, "ddp": None, "none": None}  # -> launcher it needs
 
@@ -79,9 +79,7 @@ def main() -> None:
     finally:
         close_all(list(groups.values()))
     rows, split = table(measured, args, hosts), split_rows(measured)
-    tables = (
-        f"{show.markdown(shown(rows))}\n\nMedian milliseconds of a step:\n\n{show.markdown(split)}\n\n{definitions()}"
-    )
+    tables = f"{show.markdown(shown(rows))}\n\nMedian milliseconds of a step:\n\n{show.markdown(shown_split(split))}\n\n{definitions()}"
     print(tables)
     raw = {f"{key} rank {r}": seconds for key, m in measured.items() for r, seconds in m.raw().items()}
     path = record.write(

@@ -75,6 +75,10 @@ class Measured:
         whole = np.concatenate([block[:, :, own].sum(2) for block in self.blocks], axis=1)
         return 1e3 * float((whole.max(0) - whole.mean(0)).mean())
 
+    def seconds(self) -> np.ndarray:
+        """Of a step, one number per round: of independent ranks, as `steps`."""
+        return self.case.ranks * self.batch * self.case.passes / self.speeds()
+
     def speeds(self, in_step: bool = False) -> np.ndarray:
         """Images/s of all ranks, one number per round; `in_step`: as if independent ranks waited for each other."""
         images = self.case.ranks * self.batch * self.case.passes
@@ -156,6 +160,22 @@ def shown(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return cells
 
 
+def shown_split(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The same of `split_rows`."""
+    name = "over ceiling ms"
+    return [
+        {k: v for k, v in r.items() if not k.startswith(name)}
+        | ({name: spread(r, name, "{:.0f}")} if name in r else {})
+        for r in rows
+    ]
+
+
+def spread(row: dict[str, Any], name: str, form: str) -> str:
+    """A median and its interval, if it has one."""
+    median, low, high = (row[f"{name}{end}"] for end in ("", " low", " high"))
+    return form.format(median) + ("" if low is None else f" ({form.format(low)} to {form.format(high)})")
+
+
 def time_to_end(speed: float, args: argparse.Namespace, nodes: int) -> dict[str, float]:
     """Hours of all epochs of the recipe at this speed, evaluation not counted, and what is paid for them."""
     name = recipe(args)
@@ -172,14 +192,14 @@ def recipe(args: argparse.Namespace) -> str | None:
 
 
 def split_rows(measured: dict[str, Measured]) -> list[dict[str, Any]]:
-    """Median milliseconds of the parts of a step and of the CPU, and what communication adds to independent ranks'."""
-    rows = []
+    """Median milliseconds of the parts of a step and of the CPU, and what its rounds take beyond independent ranks'."""
+    rows: list[dict[str, Any]] = []
     for m in measured.values():
         case = m.case
-        row = {"case": case.key(), "step ms": 1e3 * float(np.median(m.steps())), **m.parts()}
+        row: dict[str, Any] = {"case": case.key(), "step ms": 1e3 * float(np.median(m.steps())), **m.parts()}
         row |= {"cpu ms": 1e3 * float(np.median(m.cpu)), "ranks apart ms": m.apart_ms()}
         if alone := ceiling(measured, case):
-            row["exposed ms"] = row["step ms"] - 1e3 * float(np.median(alone.steps()))
+            row |= interval("over ceiling ms", 1e3 * (m.seconds() - alone.seconds()))
         rows.append(row)
     return rows
 
