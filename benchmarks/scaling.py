@@ -9,13 +9,15 @@ was taken within seconds of the others; ratios are taken round by round. Groups 
 where they run on this host; on others their background threads go on, which costs the one that works some CPU.
 Definitions:
 
-- The slowest rank is the step. images/s = images of all ranks / sum of these steps, without warm-up.
+- The slowest rank is the step. images/s = images of all ranks / sum of these steps, round by round and without warm-up;
+  the median over rounds.
 - Of 1 rank: images/s(N) / (N x images/s(1)); of 1 node: images/s per rank over that of the same case on one host,
   with the most of the measured `--ranks` that one host held. Both are efficiencies where scaling is weak, `--batch`
   images per rank and pass; where it is strong, `--batch` images over all ranks, the batch of a rank shrinks, too.
 - Of ceiling: against N independent trainings at the same time on the same cores, their images/s added up. What a
   machine loses by sharing memory and power is lost there, too; what is missing to it is communication, and waiting for
-  the slower rank. In step: against the same trainings if they had waited for each other after every step.
+  the slower rank. In step: against the same trainings if they had waited for each other after every step. Total: the
+  ratio of images/s over all rounds together, where a straggler counts for as long as it lasted.
 - Of DDP: against torch's DistributedDataParallel in the same loop.
 - Over ceiling: the step minus that of the independent ranks, round by round: all that communication costs, also where
   it slows backward down, and waiting for the slower rank. `wait` is what comes after backward. `ranks apart`: how much longer than the mean the slowest rank works at a step, of itself: what waiting

@@ -17,6 +17,7 @@ RECIPES = {"resnet18": "resnet18_8k", "alexnet": "alexnet_8k", "alexnet_bn": "al
 
 
 ENOUGH = 6  # rounds: the bootstrap of fewer medians is an interval of one or two values
+TOTAL = "of ceiling, total"
 RATIOS = ("of 1 rank", "of 1 node", "of ceiling", "in step", "of DDP")
 
 
@@ -81,15 +82,17 @@ class Measured:
 
     def speeds(self, in_step: bool = False) -> np.ndarray:
         """Images/s of all ranks, one number per round; `in_step`: as if independent ranks waited for each other."""
-        images = self.case.ranks * self.batch * self.case.passes
-        found = []
-        for block in self.blocks:
-            whole = block.sum(2)
-            if self.case.carrier == "none" and not in_step:
-                found.append((images / self.case.ranks * whole.shape[1] / whole.sum(1)).sum())
-            else:
-                found.append(images * whole.shape[1] / whole.max(0).sum())
-        return np.array(found)
+        return np.array([self._speed(block.sum(2), in_step) for block in self.blocks])
+
+    def total(self) -> float:
+        """Images/s of all rounds together: a straggler counts for as long as it lasted, which no median shows."""
+        return self._speed(np.concatenate([block.sum(2) for block in self.blocks], axis=1))
+
+    def _speed(self, whole: np.ndarray, in_step: bool = False) -> float:
+        images = self.batch * self.case.passes * whole.shape[1]  # of a rank
+        if self.case.carrier == "none" and not in_step:
+            return float((images / whole.sum(1)).sum())
+        return float(self.case.ranks * images / whole.max(0).sum())
 
     def parts(self) -> dict[str, float]:
         """Median milliseconds of each part over ranks and steps."""
@@ -122,6 +125,7 @@ def table(measured: dict[str, Measured], args: argparse.Namespace, hosts: dict[s
             row |= ratio("of 1 node", speed / case.ranks, node / whole)
         if alone := ceiling(measured, case):
             row |= ratio("of ceiling", speed, speeds[alone.case])
+            row[TOTAL] = measured[case.key()].total() / alone.total()
             row |= ratio("in step", speed, alone.speeds(in_step=True))
         ddp = speeds.get(case._replace(carrier="ddp"))
         if ddp is not None and case.carrier not in ("none", "ddp"):
@@ -156,6 +160,8 @@ def shown(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             if any(name in other for other in rows):
                 values = [100 * r[f"{name}{end}"] for end in ("", " low", " high")] if name in r else []
                 cell[name] = "{:.1f} % ({:.1f} to {:.1f})".format(*values) if values else ""
+            if name == "of ceiling" and any(TOTAL in other for other in rows):  # older records have none
+                cell[TOTAL] = f"{100 * r[TOTAL]:.1f} %" if TOTAL in r else ""
         cells.append(cell | {"p99/median": r["p99/median"]} | {k: r[k] for k in ("hours", "node-hours") if k in r})
     return cells
 

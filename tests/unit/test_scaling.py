@@ -45,6 +45,15 @@ def test_independent_ranks_add_up():
     assert m.steps() == pytest.approx([2 / 1.5] * 2)  # so long a step of two ranks would do as much
 
 
+def test_a_straggler_counts_in_the_total():
+    """One round of three is ten times as slow: the median of the rounds says nothing of it."""
+    alone = measured(Case(2, "none"), *[[[1.0], [2.0]]] * 3)
+    assert alone.total() == pytest.approx(10 + 5)
+    m = measured(Case(2, "horovod"), [[1.0], [2.0]], [[20.0], [1.0]], [[2.0], [2.0]])
+    assert np.median(m.speeds()) == 10
+    assert m.total() == pytest.approx(20 * 3 / 24)
+
+
 def test_accumulated_images_count():
     assert measured(Case(2, "horovod", passes=4), [[2.0], [2.0]]).speeds().tolist() == [40.0]
 
@@ -68,6 +77,8 @@ def test_efficiencies_are_taken_round_by_round():
     assert two["of 1 rank"] == 0.5
     assert two["of ceiling"] == two["of ceiling low"] == two["of ceiling high"] == 0.625
     assert two["in step"] == 0.625
+    assert two["of ceiling, total"] == pytest.approx(0.625)
+    assert {r["of ceiling, total"] for r in scaling.shown(list(rows.values()))} == {"", "62.5 %", "50.0 %"}
     assert two["of DDP"] == two["of DDP low"] == 1.25
     assert "of DDP" not in rows[Case(2, "ddp")]
     assert "of 1 node" not in two
