@@ -28,6 +28,7 @@ BIN = Path(sys.executable).parent  # not resolved: the environment's own bin, wh
 SECONDS = 300.0  # for a group to start
 PATIENCE = 1800.0  # for an answer: many passes of a large network on a CPU; who ends is noticed at once
 ANY = 10**6  # ranks
+LEAST = 6  # rounds: the bootstrap of fewer medians is an interval of one or two values
 PASSED = re.compile("(HOROVOD_|NCCL_|OMP_|MALLOC_|GLIBC_TUNABLES|DIST_LARS_|LD_LIBRARY_PATH$)")
 
 
@@ -197,7 +198,9 @@ def in_turn(
     groups: Mapping[str, Group], work: Callable[[str], Any], rounds: int, done: Callable[[str, list[Any]], None],
     enough: Callable[[], bool],
 ) -> int:  # fmt: skip
-    """Give every group its work, round by round, at least twice and until `enough()`; how many rounds there were.
+    """Give every group its work, round by round, until `enough()` but for `LEAST` rounds; how many rounds there were.
+
+    `rounds` are the most, even below `LEAST`.
 
     Each round begins with another group: the first one would pay for what the machine did in between, or be spared it.
     """
@@ -206,7 +209,7 @@ def in_turn(
         first = turn % len(names)
         for name in names[first:] + names[:first]:
             done(name, groups[name].do(work(name)))
-        if turn and enough():
+        if turn + 1 >= LEAST and enough():
             return turn + 1
     return rounds
 

@@ -20,9 +20,11 @@ Definitions:
   ratio of images/s over all rounds together, where a straggler counts for as long as it lasted.
 - Of DDP: against torch's DistributedDataParallel in the same loop.
 - Over ceiling: the step minus that of the independent ranks, round by round: all that communication costs, also where
-  it slows backward down, and waiting for the slower rank. `wait` is what comes after backward. `ranks apart`: how much longer than the mean the slowest rank works at a step, of itself: what waiting
-  for each other costs on a machine that is not equally fast everywhere.
-- Intervals: bootstrap of the median over rounds, 95 %. p99/median: the 99th percentile of the steps over their median.
+  it slows backward down, and waiting for the slower rank. `wait` is what comes after backward. `ranks apart`: how much
+  longer than the mean the slowest rank works at a step, of itself: what waiting for each other costs on a machine that
+  is not equally fast everywhere.
+- Intervals: bootstrap of the median over rounds, 95 %; none below six rounds. max/median, p99/median: the slowest step
+  and, from a hundred steps on, their 99th percentile, over their median.
 - Hours: of all epochs of the recipe at this speed, without evaluation; node-hours: times the hosts of the case.
 """
 
@@ -81,7 +83,7 @@ def main() -> None:
     finally:
         close_all(list(groups.values()))
     rows, split = table(measured, args, hosts), split_rows(measured)
-    tables = f"{show.markdown(shown(rows))}\n\nMedian milliseconds of a step:\n\n{show.markdown(shown_split(split))}\n\n{definitions()}"
+    tables = report(rows, split, turns, args.steps, unsteady)
     print(tables)
     raw = {f"{key} rank {r}": seconds for key, m in measured.items() for r, seconds in m.raw().items()}
     path = record.write(
@@ -93,6 +95,15 @@ def main() -> None:
     path.with_suffix(".md").write_text(f"`{record.command()}`\n\n{tables}", encoding="utf-8")
     draw(rows, path.with_suffix(".png"), args)
     print(f"wrote {path.name}, its .md and its .png to benchmarks/records")
+
+
+def report(rows: list[dict[str, Any]], split: list[dict[str, Any]], turns: int, steps: int, unsteady: list[str]) -> str:
+    """What is printed, and kept as .md."""
+    began = f"; not steady when they began: {', '.join(unsteady)}" if unsteady else ""
+    return (
+        f"{show.markdown(shown(rows))}\n\n{turns} rounds of {steps} steps{began}.\n\n"
+        f"Median milliseconds of a step:\n\n{show.markdown(shown_split(split))}\n\n{definitions()}"
+    )
 
 
 def parse() -> argparse.Namespace:
@@ -109,7 +120,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--accumulation", type=numbers, default=[1], help="passes per step, e.g. 1,4,16")
     parser.add_argument("--images", type=Path, help="also train on the images of this folder or these shards")
     parser.add_argument("--steps", type=int, default=3, help="of one turn")
-    parser.add_argument("--seconds", type=float, default=300, help="for all turns together")
+    parser.add_argument("--seconds", type=float, default=300, help="for all turns together, six at least")
     parser.add_argument("--rounds", type=int, default=1000, help="turns of each group at most")
     parser.add_argument("--option", action="append", default=[], metavar="KEY=VALUE", help="of dist_lars.train")
     parser.add_argument("--launcher", choices=("mpirun", "horovodrun", "srun"), default=launcher_at_hand())

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from benchmarks import record
+from benchmarks.group import LEAST
 from dist_lars.cli import load_config
 
 # Of a step: waiting for a batch; copying and normalising it; model and loss; backward; waiting for what of the
@@ -16,7 +17,6 @@ PARTS = ("data", "input", "forward", "backward", "wait", "optimizer", "rest")
 RECIPES = {"resnet18": "resnet18_8k", "alexnet": "alexnet_8k", "alexnet_bn": "alexnet_bn_8k", "resnet50": "resnet50_8k"}
 
 
-ENOUGH = 6  # rounds: the bootstrap of fewer medians is an interval of one or two values
 TOTAL = "of ceiling, total"
 RATIOS = ("of 1 rank", "of 1 node", "of ceiling", "in step", "of DDP")
 
@@ -112,10 +112,10 @@ def table(measured: dict[str, Measured], args: argparse.Namespace, hosts: dict[s
     whole = max(own_node, default=0)  # ranks of one node
     rows = []
     for case, speed in speeds.items():
-        seen = record.summary(speed)
+        seen = interval("images/s", speed)
         row: dict[str, Any] = {
             "ranks": case.ranks, "carrier": case.carrier, "data": case.data, "wire": case.wire, "passes": case.passes,
-            "images/s": seen["median"], "low": seen["low"], "high": seen["high"],
+            "images/s": seen["images/s"], "low": seen["images/s low"], "high": seen["images/s high"],
         }  # fmt: skip
         one = speeds.get(Case(1, "none", data=case.data))
         if one is not None and case.carrier != "none" and case.passes == 1:
@@ -131,7 +131,9 @@ def table(measured: dict[str, Measured], args: argparse.Namespace, hosts: dict[s
         if ddp is not None and case.carrier not in ("none", "ddp"):
             row |= ratio("of DDP", speed, ddp)
         steps = measured[case.key()].steps()
-        row["p99/median"] = float(np.percentile(steps, 99) / np.median(steps))
+        row |= {"steps": len(steps), "max/median": float(steps.max() / np.median(steps))}
+        if len(steps) >= 100:
+            row["p99/median"] = float(np.percentile(steps, 99) / np.median(steps))
         if case.carrier != "none" or case.ranks == 1:
             row |= time_to_end(row["images/s"], args, len(hosts.get(f"{case.ranks} ranks", [1])))
         rows.append(row)
@@ -146,7 +148,7 @@ def ratio(name: str, values: np.ndarray, base: np.ndarray) -> dict[str, float | 
 def interval(name: str, values: np.ndarray) -> dict[str, float | None]:
     """The median under `name`, its interval under `name low` and `name high`: None where too few values tell none."""
     seen = record.summary(values.tolist())
-    low, high = (seen["low"], seen["high"]) if len(values) >= ENOUGH else (None, None)
+    low, high = (seen["low"], seen["high"]) if len(values) >= LEAST else (None, None)
     return {name: seen["median"], f"{name} low": low, f"{name} high": high}
 
 
@@ -155,14 +157,14 @@ def shown(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     what = ["ranks", "carrier", *(k for k in ("data", "wire", "passes") if len({r[k] for r in rows}) > 1)]
     cells = []
     for r in rows:
-        cell = {k: r[k] for k in what} | {"images/s": f"{r['images/s']:.1f} ({r['low']:.1f} to {r['high']:.1f})"}
+        cell = {k: r[k] for k in what} | {"images/s": spread(r["images/s"], r["low"], r["high"], "{:.1f}")}
         for name in RATIOS:
             if any(name in other for other in rows):
-                values = [100 * r[f"{name}{end}"] for end in ("", " low", " high")] if name in r else []
-                cell[name] = "{:.1f} % ({:.1f} to {:.1f})".format(*values) if values else ""
+                values = [r[f"{name}{end}"] for end in ("", " low", " high")] if name in r else []
+                cell[name] = spread(*(v and 100 * v for v in values), "{:.1f}", " %") if values else ""
             if name == "of ceiling" and any(TOTAL in other for other in rows):  # older records have none
                 cell[TOTAL] = f"{100 * r[TOTAL]:.1f} %" if TOTAL in r else ""
-        cells.append(cell | {"p99/median": r["p99/median"]} | {k: r[k] for k in ("hours", "node-hours") if k in r})
+        cells.append(cell | {k: r[k] for k in ("steps", "max/median", "p99/median", "hours", "node-hours") if k in r})
     return cells
 
 
@@ -171,15 +173,14 @@ def shown_split(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     name = "over ceiling ms"
     return [
         {k: v for k, v in r.items() if not k.startswith(name)}
-        | ({name: spread(r, name, "{:.0f}")} if name in r else {})
+        | ({name: spread(*(r[f"{name}{end}"] for end in ("", " low", " high")), "{:.0f}")} if name in r else {})
         for r in rows
     ]
 
 
-def spread(row: dict[str, Any], name: str, form: str) -> str:
+def spread(median: float, low: float | None, high: float | None, form: str, unit: str = "") -> str:
     """A median and its interval, if it has one."""
-    median, low, high = (row[f"{name}{end}"] for end in ("", " low", " high"))
-    return form.format(median) + ("" if low is None else f" ({form.format(low)} to {form.format(high)})")
+    return form.format(median) + unit + ("" if low is None else f" ({form.format(low)} to {form.format(high)})")
 
 
 def time_to_end(speed: float, args: argparse.Namespace, nodes: int) -> dict[str, float]:
@@ -228,7 +229,8 @@ def compare(before: dict[str, Any], after: dict[str, Any]) -> list[dict[str, Any
             rows.append(
                 {
                     **dict(zip(what, key, strict=True)), "before": a["images/s"], "after": b["images/s"],
-                    "ratio": b["images/s"] / a["images/s"], "low": b["low"] / a["high"], "high": b["high"] / a["low"],
+                    "ratio": b["images/s"] / a["images/s"], "low": bound(b["low"], a["high"]),
+                    "high": bound(b["high"], a["low"]),
                     **{f"{name} {when}": r[name] for name in RATIOS if name in a and name in b
                        for when, r in (("before", a), ("after", b))},
                 }
@@ -236,3 +238,8 @@ def compare(before: dict[str, Any], after: dict[str, Any]) -> list[dict[str, Any
     if not rows:
         raise SystemExit("the two records have no case in common")
     return rows
+
+
+def bound(after: float | None, before: float | None) -> float | None:
+    """Of a ratio, where both records have intervals."""
+    return None if after is None or before is None else after / before

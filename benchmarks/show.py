@@ -43,8 +43,8 @@ def plot(
 ) -> Path:
     """Draw `y` over `x` as PNG, one colour per `series`, `kind` "bar" or "line".
 
-    Rows may carry `low` and `high`, which become error bars; `references` are labelled horizontal lines, and
-    `logx` makes the x axis of a line plot logarithmic.
+    Rows may carry `low` and `high`, which become error bars unless they are None; `references` are labelled horizontal
+    lines, and `logx` makes the x axis of a line plot logarithmic.
     """
     import matplotlib as mpl
 
@@ -58,7 +58,8 @@ def plot(
     for i, name in enumerate(names):
         mine = [row for row in rows if series is None or row[series] == name]
         values = [row[y] for row in mine]
-        errors = [[row[y] - row.get("low", row[y]) for row in mine], [row.get("high", row[y]) - row[y] for row in mine]]
+        errors = [[abs(row[y] - bound) if (bound := row.get(end)) is not None else 0.0 for row in mine]
+                  for end in ("low", "high")]  # fmt: skip
         label = None if name is None else str(name)
         if kind == "line":
             axes.errorbar([row[x] for row in mine], values, yerr=errors, marker="o", capsize=3, label=label)

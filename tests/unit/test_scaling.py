@@ -166,6 +166,27 @@ def test_warm_up_ends_when_two_turns_agree():
     assert not scaling.warm_up(one, {"steps": 1})
 
 
+def test_too_few_rounds_have_no_interval():
+    few, many = (measured(Case(1, "none"), *[[[1.0]]] * n) for n in (5, 100))
+    key = few.case.key()
+    (row,) = scaling.table({key: few}, ARGS, {})
+    assert (row["images/s"], row["low"], row["high"], row["steps"], row["max/median"]) == (10, None, None, 5, 1)
+    assert "p99/median" not in row
+    assert scaling.shown([row])[0]["images/s"] == "10.0"
+    (row,) = scaling.table({key: many}, ARGS, {})
+    assert (row["low"], row["steps"], row["p99/median"]) == (10, 100, 1)
+    text = scaling.report([row], [], 100, 1, ["2 ddp"])
+    assert "100 rounds of 1 steps; not steady when they began: 2 ddp." in text
+    assert "not steady" not in scaling.report([row], [], 100, 1, [])
+
+
+def test_time_alone_does_not_end_the_rounds_too_early():
+    groups, seen = {"a": SimpleNamespace(do=lambda work: [work])}, []
+    assert group.in_turn(groups, lambda _: 1, 1000, lambda *a: seen.append(a), lambda: True) == group.LEAST
+    assert len(seen) == group.LEAST
+    assert group.in_turn(groups, lambda _: 1, 2, lambda *a: None, lambda: True) == 2
+
+
 def test_what_the_words_mean_stands_beside_the_numbers():
     for word in ("Of 1 rank", "1 node", "Of ceiling", "In step", "Of DDP", "p99/median", "Hours"):
         assert word in scaling.definitions()
