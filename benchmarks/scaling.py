@@ -41,12 +41,15 @@ from benchmarks import record, show
 from benchmarks.group import Group, close_all, described, in_turn, launcher_at_hand, slots
 from benchmarks.scaling_results import PARTS, Case, Measured, compare, recipe, shown, shown_split, split_rows, table
 
-CARRIERS = {"horovod": None, "horovod-gloo": "gloo", "torch": None, "ddp": None, "none": None}  # -> launcher it needs
+CARRIERS = {"horovod": None, "horovod-gloo": "gloo", "torch": None, "ddp": None}  # -> launcher it needs
 
 
 def make_cases(ranks: Sequence[int], carriers: Sequence[str], wires: Sequence[str], passes: Sequence[int],
                real: bool) -> list[Case]:  # fmt: skip
-    """Every number of ranks with every carrier; then, for the first carrier at the most ranks, one thing at a time."""
+    """Every number of ranks with every carrier; then, for the first carrier at the most ranks, one thing at a time.
+
+    One rank alone has nothing to carry.
+    """
     many = max(ranks)
     found = [Case(1, "none")]
     for n in sorted(set(ranks) - {1}):
@@ -57,7 +60,8 @@ def make_cases(ranks: Sequence[int], carriers: Sequence[str], wires: Sequence[st
             if p != 1:
                 found += [Case(many, "none", passes=p), Case(many, carriers[0], passes=p)]
     if real:
-        found += [Case(1, "none", data="real"), Case(many, "none", data="real"), Case(many, carriers[0], data="real")]
+        found += [Case(1, "none", data="real"), Case(many, "none", data="real")]
+        found += [Case(many, carriers[0], data="real")] if many > 1 else []
     return list(dict.fromkeys(found))
 
 
@@ -133,6 +137,11 @@ def parse() -> argparse.Namespace:
         parser.error(
             "horovod-gloo is started by horovodrun, which knows no allocation: add --launcher horovodrun --hosts"
         )
+    if args.carriers[0] == "ddp" and set(args.wire) != {"fp32"}:
+        parser.error(
+            "--wire is for the first of the carriers, and ddp sends gradients as they are: put another one first, as in "
+            "--carriers horovod,ddp"
+        )
     return args
 
 
@@ -170,7 +179,7 @@ def start_group(args: argparse.Namespace, case: Case) -> Group:
         "accumulation": case.passes, "wire": case.wire, "options": {**resize, **options},
         "images": str(args.images.resolve()) if case.data == "real" else None,
     }  # fmt: skip
-    launcher = CARRIERS[case.carrier] or args.launcher
+    launcher = CARRIERS.get(case.carrier) or args.launcher
     return Group(job, case.ranks, launcher, args.hosts)
 
 

@@ -106,6 +106,23 @@ def test_one_thing_varies_at_a_time():
     assert scaling.make_cases([1], ["horovod"], ["fp32"], [1], real=False) == [Case(1, "none")]
 
 
+def test_one_rank_alone_has_no_carrier():
+    cases = scaling.make_cases([1], ["ddp"], ["fp32"], [1], real=True)
+    assert cases == [Case(1, "none"), Case(1, "none", data="real")]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [("--carriers ddp,horovod --wire fp32,bf16", "put another one first, as in --carriers horovod,ddp"),
+     ("--carriers none", "'none': choose from horovod, horovod-gloo, torch, ddp")],
+)  # fmt: skip
+def test_what_would_be_labelled_wrongly_is_refused(monkeypatch, capsys, words, said):
+    monkeypatch.setattr("sys.argv", ["scaling", *words.split()])
+    with pytest.raises(SystemExit):
+        scaling.parse()
+    assert said in capsys.readouterr().err
+
+
 def test_strong_scaling_shares_one_batch():
     args = argparse.Namespace(mode="strong", batch=64)
     assert scaling.batch_of(args, Case(4, "horovod")) == 16
