@@ -73,7 +73,7 @@ class Measured:
         if self.case.carrier == "ddp" or self.case.ranks == 1:
             return None
         own = [i for i, part in enumerate(PARTS) if part not in ("wait", "rest")]
-        whole = np.concatenate([block[:, :, own].sum(2) for block in self.blocks], axis=1)
+        whole = np.concatenate([block[:, :, own].sum(2) for block in self.apart or self.blocks], axis=1)
         return 1e3 * float((whole.max(0) - whole.mean(0)).mean())
 
     def seconds(self) -> np.ndarray:

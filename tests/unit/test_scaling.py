@@ -24,11 +24,16 @@ from benchmarks import (
 from benchmarks.scaling_results import PARTS, Case, Measured
 
 
+def answers(block: list[list[float]]) -> list[list[dict[str, float]]]:
+    """Of ranks: [rank][step] seconds, all of them in backward."""
+    return [[{p: s if p == "backward" else 0.0 for p in (*PARTS, "cpu")} for s in steps] for steps in block]
+
+
 def measured(case: Case, *blocks: list[list[float]], batch: int = 10) -> Measured:
-    """`blocks` are [rank][step] seconds, all of them in backward."""
+    """`blocks` are as above."""
     m = Measured(case, batch)
     for block in blocks:
-        m.add([[{p: s if p == "backward" else 0.0 for p in (*PARTS, "cpu")} for s in steps] for steps in block])
+        m.add(answers(block))
     return m
 
 
@@ -94,6 +99,14 @@ def test_efficiencies_are_taken_round_by_round():
     assert text.startswith("1125 (")
     assert split[Case(2, "horovod").key()]["ranks apart ms"] == pytest.approx(1000 * 0.05)
     assert split[Case(2, "none").key()]["ranks apart ms"] == 0
+
+
+def test_parts_are_told_by_turns_that_wait_for_the_device():
+    """Without waiting, the marks of a GPU say when work was handed over."""
+    m = measured(Case(2, "horovod"), [[1.0], [5.0]])
+    m.add(answers([[2.0], [3.0]]), apart=True)
+    assert m.apart_ms() == pytest.approx(500)
+    assert m.parts()["backward"] == pytest.approx(2500)
 
 
 def test_one_thing_varies_at_a_time():
