@@ -139,8 +139,8 @@ def parse() -> argparse.Namespace:
         )
     if args.carriers[0] == "ddp" and set(args.wire) != {"fp32"}:
         parser.error(
-            "--wire is for the first of the carriers, and ddp sends gradients as they are: put another one first, as in "
-            "--carriers horovod,ddp"
+            "--wire is for the first of the carriers, and ddp sends gradients as they are: put another one first, "
+            "as in --carriers horovod,ddp"
         )
     return args
 

@@ -3,7 +3,8 @@
     python -m benchmarks.step --model resnet18 --ranks 2
 
 1. The parts of a step, of one rank alone and of `--ranks` ranks by Horovod.
-2. Every layer: seconds forward and backward, parameters, one rank (for predictions of larger machines).
+2. Every layer: milliseconds forward and backward, parameters, one rank (for predictions of larger machines), and what
+   of both falls to no layer, such as the loss: together they are the step's `forward` and `backward`.
 3. Overlap, from Horovod's own timeline (HOROVOD_TIMELINE) of rank 0: when the all-reduce of each bucket ran. What is
    not through when the last rank's backward ends is exposed; until then the others wait for that rank (`ranks apart`),
    which no network could change. Beside it the same buckets with nothing else to do (stand-alone). Hosts' clocks are

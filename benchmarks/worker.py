@@ -85,8 +85,8 @@ class Turns:
             self.beside.enter_context(worker_parts.horovod_timeline(self.timeline))
         if work.get("layers"):
             layers = worker_parts.Layers(self.job.model, self.watch.synchronize)
-            self.beside.enter_context(layers.attached(self.left))
-            self.answer = layers.rows
+            self.beside.enter_context(layers.attached())
+            self.answer = lambda: layers.rows(self.steps)
         self._next()
 
     def _told(self) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,59 +17,61 @@ from dist_lars.resources import free_memory
 
 
 class Layers:
-    """Seconds of every leaf module forward, and backward where it has parameters, while it is attached.
+    """Seconds of every leaf module forward and backward while it is attached.
 
-    A backward lasts from the gradient of the output to the last one of the parameters. (Module hooks on backward would
-    forbid activations in place.)
+    A backward lasts from the gradient of the module's output to that of the next output, in the order in which autograd
+    gets there, or to the last one of the parameters. What is done between two modules counts to the first of them.
+    (Module hooks on backward would forbid activations in place.)
     """
 
     def __init__(self, model: nn.Module, synchronize: Callable[[], None]) -> None:
-        self.synchronize, self.steps, self.since = synchronize, 0, 0.0
+        self.synchronize, self.since = synchronize, 0.0
         self.leaves = {name: m for name, m in model.named_modules() if not list(m.children())}
         self.seconds = {name: {"forward": 0.0, "backward": 0.0} for name in self.leaves}
-        self.last: dict[str, float] = {}  # when the backward of a module began, or had its gradient so far
+        self.before: Any = None  # what made the input of the module
+        self.behind: str | None = None  # the module whose backward goes on
 
     @contextmanager
-    def attached(self, steps: int) -> Iterator[None]:
-        """Inside, every forward and backward counts; `steps` of them are averaged."""
-        self.steps, hooks = steps, []
+    def attached(self) -> Iterator[None]:
+        """Inside, every forward and backward counts."""
+        hooks = []
         for name, module in self.leaves.items():
-            hooks.append(module.register_forward_pre_hook(lambda *_: self._begin()))
-            hooks.append(module.register_forward_hook(lambda m, x, out, name=name: self._forward(name, out)))
+            hooks.append(module.register_forward_pre_hook(lambda m, args: self._begin(args[0])))
+            hooks.append(module.register_forward_hook(lambda m, args, out, name=name: self._forward(name, out)))
             for p in module.parameters(recurse=False):
-                hooks.append(p.register_post_accumulate_grad_hook(lambda _, name=name: self._gradient(name)))
+                hooks.append(p.register_post_accumulate_grad_hook(lambda _, name=name: self._backward(name)))
         yield
         for hook in hooks:
             hook.remove()
 
-    def _begin(self) -> None:
+    def _begin(self, x: torch.Tensor) -> None:
         self.synchronize()
-        self.since = time.perf_counter()
+        self.since, self.before, self.behind = time.perf_counter(), x.grad_fn, None
 
     def _forward(self, name: str, out: torch.Tensor) -> None:
         self.synchronize()
         self.seconds[name]["forward"] += time.perf_counter() - self.since
-        if out.requires_grad and list(self.leaves[name].parameters(recurse=False)):
-            out.register_hook(lambda _: self._arrived(name))
+        if out.requires_grad and out.grad_fn is not self.before:  # what hands its input on has no backward
+            out.register_hook(lambda _: self._backward(name))
 
-    def _arrived(self, name: str) -> None:
-        self.synchronize()
-        self.last[name] = time.perf_counter()
-
-    def _gradient(self, name: str) -> None:
+    def _backward(self, name: str) -> None:
         self.synchronize()
         now = time.perf_counter()
-        self.seconds[name]["backward"] += now - self.last[name]
-        self.last[name] = now
+        if self.behind is not None:
+            self.seconds[self.behind]["backward"] += now - self.since
+        self.since, self.behind = now, name
 
-    def rows(self) -> list[dict[str, Any]]:
-        """One per module that took time."""
+    def rows(self, steps: Sequence[Mapping[str, float]]) -> list[dict[str, Any]]:
+        """One per module that took time, per step, and one of what `steps` took outside of all modules."""
+        whole = {what: sum(step[what] for step in steps) for what in ("forward", "backward")}
+        rest = {what: s - sum(mine[what] for mine in self.seconds.values()) for what, s in whole.items()}
+        of = {name: (type(m).__name__, sum(p.numel() for p in m.parameters())) for name, m in self.leaves.items()}
         return [
-            {"layer": name, "kind": type(self.leaves[name]).__name__,
-             "parameters": sum(p.numel() for p in self.leaves[name].parameters()),
-             **{f"{what} ms": 1e3 * s / self.steps for what, s in seconds.items()}}
+            {"layer": name, "kind": of[name][0], "parameters": of[name][1],
+             **{f"{what} ms": 1e3 * s / len(steps) for what, s in seconds.items()}}
             for name, seconds in self.seconds.items() if any(seconds.values())
-        ]  # fmt: skip
+        ] + [{"layer": "unattributed", "kind": "", "parameters": 0,
+              **{f"{what} ms": 1e3 * s / len(steps) for what, s in rest.items()}}]  # fmt: skip
 
 
 def answer(job: Job, work: dict[str, Any]) -> Any:

@@ -3,6 +3,7 @@
 import argparse
 import mmap
 import multiprocessing
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -165,6 +166,34 @@ def test_a_rank_knows_what_it_holds():
         pages.write(bytes(size))
         assert worker_parts.memory(torch.device("cpu"))["held"] - held["held"] > 0.8 * size
     assert held["free"] > 0
+
+
+def test_layers_add_up_to_the_step():
+    """Those without parameters and those in place, too; what hands its input on takes nothing."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 32, 3), torch.nn.ReLU(inplace=True), torch.nn.LocalResponseNorm(5), torch.nn.MaxPool2d(2),
+        torch.nn.Identity(), torch.nn.Dropout(), torch.nn.Conv2d(32, 32, 3), torch.nn.Flatten(),
+        torch.nn.Linear(32 * 29 * 29, 10),
+    )  # fmt: skip
+    layers = worker_parts.Layers(model, lambda: None)
+    images, steps = torch.randn(8, 3, 64, 64), []
+    with layers.attached():
+        for _ in range(3):
+            began = time.perf_counter()
+            loss = model(images).square().mean()
+            forward = time.perf_counter()
+            loss.backward()
+            steps.append({"forward": forward - began, "backward": time.perf_counter() - forward})
+    rows = layers.rows(steps)
+    by_kind = {row["kind"]: row for row in rows}
+    assert [row["layer"] for row in rows] == [*map(str, range(9)), "unattributed"]
+    assert by_kind["LocalResponseNorm"]["backward ms"] > by_kind["Identity"]["backward ms"] == 0
+    for part in ("forward", "backward"):
+        whole = 1e3 * sum(step[part] for step in steps) / 3
+        assert sum(row[f"{part} ms"] for row in rows) == pytest.approx(whole)
+        assert abs(rows[-1][f"{part} ms"]) < 0.1 * whole
+    assert not any(m._forward_hooks for m in model)
 
 
 def test_ranks_of_a_host(monkeypatch):
