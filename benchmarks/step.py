@@ -2,7 +2,8 @@
 
     python -m benchmarks.step --model resnet18 --ranks 2
 
-1. The parts of a step, of one rank alone and of `--ranks` ranks by Horovod.
+1. The parts of a step, of one rank alone and of `--ranks` ranks by Horovod, in turns of two steps; `x alone` is how
+   much longer the latter takes, round by round.
 2. Every layer: milliseconds forward and backward, parameters, one rank (for predictions of larger machines), and what
    of both falls to no layer, such as the loss: together they are the step's `forward` and `backward`.
 3. Overlap, from Horovod's own timeline (HOROVOD_TIMELINE) of rank 0: when the all-reduce of each bucket ran. What is
@@ -22,8 +23,9 @@ from typing import Any
 import numpy as np
 
 from benchmarks import record, show
-from benchmarks.group import Group, described, launcher_at_hand
-from benchmarks.scaling_results import PARTS
+from benchmarks.group import LEAST, Group, close_all, described, in_turn, launcher_at_hand
+from benchmarks.scaling import warm_up
+from benchmarks.scaling_results import PARTS, Case, Measured, ratio
 
 TOLD = "ms from the last rank's end of backward"  # [bucket, begin, end] of the first steps
 
@@ -40,50 +42,74 @@ def main() -> None:
     parser.add_argument("--launcher", choices=("mpirun", "horovodrun", "srun"), default=launcher_at_hand())
     parser.add_argument("--name", help="of the record")
     args = parser.parse_args()
-    alone = run_parts(args, 1, "none")
-    found = {"1 rank alone": alone}
-    extra: dict[str, Any] = {}
+    sizes = {"1 rank alone": (1, "none")}
     if args.ranks > 1:
-        many = found[f"{args.ranks} ranks, Horovod"] = run_parts(args, args.ranks, "horovod")
-        extra["overlap"] = overlap(many["timeline"], many["backward_ended"], many["standalone"])
-        extra["ranks_per_host"] = many["hosts"]
-        print(show.markdown([{k: v for k, v in extra["overlap"].items() if not isinstance(v, list)}]))
-    rows = [{"case": case, **median_parts(run["steps"])} for case, run in found.items()]
-    raw = {f"{case}, rank {r}": [sum(step[p] for p in PARTS) for step in steps]
-           for case, run in found.items() for r, steps in enumerate(run["steps"])}  # fmt: skip
+        sizes[f"{args.ranks} ranks, Horovod"] = args.ranks, "horovod"
+    groups: dict[str, Group] = {}
+    extra: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        timeline = Path(folder) / "timeline.json"
+        try:
+            for name, (ranks, carrier) in sizes.items():
+                groups[name] = start(args, ranks, carrier, timeline)
+            measured, steps, extra["still_warming_up"] = in_turns(groups, args.steps)
+            alone, *others = groups.values()
+            layers = alone.do({"steps": 5, "layers": True})[0]
+            for many in others:
+                extra |= {"overlap": watch(many, args.steps, timeline), "ranks_per_host": many.hosts()}
+                print(show.markdown([{k: v for k, v in extra["overlap"].items() if not isinstance(v, list)}]))
+            facts = [*others, alone][0].facts[0]
+        finally:
+            close_all(list(groups.values()))
+    rows: list[dict[str, Any]] = [{"case": name, **median_parts(every)} for name, every in steps.items()]
+    seconds = [m.seconds() for m in measured.values()]
+    for row, other in zip(rows[1:], seconds[1:], strict=True):
+        row |= ratio("x alone", other, seconds[0])
+    raw = {f"{name}, rank {r}": times for name, m in measured.items() for r, times in m.raw().items()}
     print(show.markdown(rows))
-    print(show.markdown(sorted(alone["layers"], key=lambda r: -r["backward ms"])[:10]))
+    print(show.markdown(sorted(layers, key=lambda r: -r["backward ms"])[:10]))
     name = args.name or f"step_{args.model}"
     path = record.write(name, rows, raw, model=args.model, batch=args.batch, image_size=args.image_size,
                         ranks=args.ranks, launcher=args.launcher, options=args.option,
-                        **described(found[next(reversed(found))]), layers=alone["layers"], **extra)  # fmt: skip
+                        **described(facts), layers=layers, **extra)  # fmt: skip
     print(f"wrote {path.name} to benchmarks/records")
 
 
-def run_parts(args: argparse.Namespace, ranks: int, carrier: str) -> dict[str, Any]:
-    """Steps of every rank; of one rank its layers, of several the timeline and the stand-alone all-reduces."""
+def start(args: argparse.Namespace, ranks: int, carrier: str, timeline: Path) -> Group:
+    """A training, ready for its first turn."""
     options = dict(item.split("=", 1) for item in args.option)
     options |= {"data.image_size": args.image_size, "data.resize": args.image_size * 8 // 7}
     job = {"task": "train", "carrier": carrier, "model": args.model, "batch": args.batch, "accumulation": 1,
-           "wire": "fp32", "options": options, "layers": ranks == 1}  # fmt: skip
-    with tempfile.TemporaryDirectory() as folder:
-        timeline = Path(folder) / "timeline.json"
-        group = Group({**job, "timeline": str(timeline)}, ranks, args.launcher, HOROVOD_TIMELINE="DYNAMIC")
-        try:
-            group.do({"steps": 4})
-            found: dict[str, Any] = {
-                "steps": group.do({"steps": args.steps}), "hosts": group.hosts(), **group.facts[0]
-            }  # fmt: skip
-            if ranks == 1:
-                found["layers"] = group.do({"steps": 5, "layers": True})[0]
-            else:
-                found["standalone"] = np.max(group.do({"standalone": 10}), axis=0).tolist()
-                watched = group.do({"steps": args.steps, "timeline": True})
-                found["backward_ended"] = [[step["ended"] for step in rank] for rank in watched]
-                found["timeline"] = read_timeline(timeline)
-        finally:
-            group.close()
-    return found
+           "wire": "fp32", "options": options, "timeline": str(timeline)}  # fmt: skip
+    return Group(job, ranks, args.launcher, HOROVOD_TIMELINE="DYNAMIC")
+
+
+def in_turns(
+    groups: dict[str, Group], steps: int
+) -> tuple[dict[str, Measured], dict[str, list[list[dict[str, float]]]], list[str]]:
+    """Times by round and steps by rank of every group, `steps` of each in turns of two, and which were not steady."""
+    work = {"steps": min(2, steps)}
+    measured = {name: Measured(Case(g.ranks, "none" if g.ranks == 1 else "horovod"), 1) for name, g in groups.items()}
+    every: dict[str, list[list[dict[str, float]]]] = {name: [[] for _ in range(g.ranks)] for name, g in groups.items()}
+
+    def done(name: str, answers: list[list[dict[str, float]]]) -> None:
+        measured[name].add(answers)
+        for mine, more in zip(every[name], answers, strict=True):
+            mine += more
+
+    unsteady = [name for name, group in groups.items() if not warm_up(group, work)]
+    in_turn(groups, lambda _: work, -(-steps // work["steps"]), done, lambda: False)
+    return measured, every, unsteady
+
+
+def watch(group: Group, steps: int, timeline: Path) -> dict[str, Any]:
+    """The overlap of `steps` steps; the stand-alone all-reduces are timed before and after them."""
+    before = np.max(group.do({"standalone": 5}), axis=0)
+    watched = group.do({"steps": steps, "timeline": True})
+    events = read_timeline(timeline)
+    after = np.max(group.do({"standalone": 5}), axis=0)
+    ended = [[step["ended"] for step in rank] for rank in watched]
+    return overlap(events, ended, [*before.tolist(), *after.tolist()])
 
 
 def median_parts(steps: list[list[dict[str, float]]]) -> dict[str, float]:
@@ -140,19 +166,29 @@ def overlap(events: list[dict[str, Any]], backward_ended: list[list[float]], sta
         exposed.append(max(0.0, max(end for _, end in mine.values()) - ended))
         told.append([[n, round(1e3 * (b - ended), 2), round(1e3 * (e - ended), 2)] for n, (b, e) in mine.items()])
     alone = float(np.median(standalone))
-    share = record.summary(np.array(exposed) / alone)
+    low, high = ratio_of_medians(exposed, standalone)
     return {
         "steps": len(total),
         "all-reduce ms": 1e3 * float(np.median(total)),
         "exposed ms": 1e3 * float(np.median(exposed)),
         "stand-alone ms": 1e3 * alone,
-        "exposed / stand-alone": share["median"],
-        "low": share["low"],
-        "high": share["high"],
+        "exposed / stand-alone": float(np.median(exposed)) / alone,
+        "low": low,
+        "high": high,
         "ranks apart ms": 1e3 * float(np.median(np.ptp(by_step, axis=1))),
         "exposed ms of every step": [round(1e3 * seconds, 2) for seconds in exposed],
         TOLD: told[:3],
     }
+
+
+def ratio_of_medians(values: list[float], base: list[float]) -> tuple[float | None, float | None]:
+    """The bootstrap 95 % interval of median(values) / median(base), both drawn anew; nothing from too few."""
+    if min(len(values), len(base)) < LEAST:
+        return None, None
+    random = np.random.default_rng(0)
+    above, below = (np.median(random.choice(of, (2000, len(of))), axis=1) for of in (values, base))
+    low, high = np.percentile(above / below, [2.5, 97.5])
+    return float(low), float(high)
 
 
 if __name__ == "__main__":
