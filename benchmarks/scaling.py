@@ -230,18 +230,31 @@ def warm_up(group: Group, work: dict[str, Any], most: int = 8) -> bool:
 
 
 def draw(rows: list[dict[str, Any]], path: Path, args: argparse.Namespace) -> None:
-    """Images/s over ranks, a line per carrier and one for the ceiling."""
-    plain = [r for r in rows if (r["wire"], r["passes"], r["data"]) == ("fp32", 1, "synthetic")]
-    one = next(r for r in plain if r["ranks"] == 1)
-    points = [{**r, "who": "ceiling" if r["carrier"] == "none" else r["carrier"]} for r in plain]
-    names = {p["who"] for p in points} - {"ceiling"}
-    points += [{**one, "who": name} for name in names]
+    """Images/s and efficiency over ranks, a line per carrier; a bar per case where something else varies, too."""
+    title = (
+        f"{args.model}, {args.batch} images of {args.image_size} px "
+        f"{'per rank' if args.mode == 'weak' else 'over all ranks'}"
+    )
+    rows = [{**r, "who": "ceiling" if r["carrier"] == "none" else r["carrier"]} for r in rows]
+    if varied := [what for what in ("data", "wire", "passes") if len({r[what] for r in rows}) > 1]:
+        for r in rows:
+            words = [f"{r[what]} pass{'es' * (r[what] > 1)}" if what == "passes" else r[what] for what in varied]
+            r["case"] = "\n".join([f"{r['ranks']} rank{'s' * (r['ranks'] > 1)}", *words])
+        show.plot(rows, path, x="case", y="images/s", series="who", title=title)
+        return
+    one = next(r for r in rows if r["ranks"] == 1)
+    ideal = [{"who": "1 rank x N", "ranks": n, "images/s": n * one["images/s"], "line": ":"}
+             for n in sorted({r["ranks"] for r in rows})]  # fmt: skip
+    carriers = dict.fromkeys(r["who"] for r in rows if r["who"] != "ceiling")
+    points = [*ideal, *rows, *({**one, "who": who} for who in carriers)]
     points.sort(key=lambda p: p["ranks"])
-    show.plot(
-        points, path, x="ranks", y="images/s", series="who", kind="line",
-        title=f"{args.model}, {args.batch} images of {args.image_size} px "
-        f"{'per rank' if args.mode == 'weak' else 'over all ranks'}",
-    )  # fmt: skip
+    name = "of 1 rank"
+    share = [
+        {name: p["images/s"] / p["ranks"] / one["images/s"], **p, **{end: p.get(f"{name} {end}") for end in ("low", "high")}}
+        for p in points
+    ]  # fmt: skip
+    how = {"x": "ranks", "series": "who", "kind": "line"}
+    show.plots(path, (points, {**how, "y": "images/s", "title": title}), (share, {**how, "y": name}))
 
 
 if __name__ == "__main__":

@@ -28,9 +28,33 @@ def _cell(value: Any) -> str:
     return f"{value:.{digits}f}" if abs(value) < 1e6 else f"{value:.3g}"
 
 
-def plot(
+def plot(rows: Sequence[Mapping[str, Any]], path: Path, **how: Any) -> Path:
+    """Draw the rows as PNG: `how` as for `draw`."""
+    return plots(path, (rows, how))
+
+
+def plots(path: Path, *panels: tuple[Sequence[Mapping[str, Any]], Mapping[str, Any]]) -> Path:
+    """Draw several panels side by side as one PNG, each the rows and how to `draw` them; the first is the largest."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    shares = [2] + [1] * (len(panels) - 1)
+    figure, axes = plt.subplots(
+        1, len(panels), figsize=(4 + 4 * len(panels), 4.5), dpi=120, layout="constrained", squeeze=False,
+        width_ratios=shares,
+    )  # fmt: skip
+    for place, (rows, how) in zip(axes[0], panels, strict=True):
+        draw(place, rows, **how)
+    figure.savefig(path)
+    plt.close(figure)
+    return path
+
+
+def draw(
+    axes: Any,
     rows: Sequence[Mapping[str, Any]],
-    path: Path,
     *,
     x: str,
     y: str,
@@ -40,18 +64,15 @@ def plot(
     ylabel: str = "",
     references: Mapping[str, float] | None = None,
     logx: bool = False,
-) -> Path:
-    """Draw `y` over `x` as PNG, one colour per `series`, `kind` "bar" or "line".
+) -> None:
+    """Draw `y` over `x`, one colour per `series`, `kind` "bar" or "line".
 
-    Rows may carry `low` and `high`, which become error bars unless they are None; `references` are labelled horizontal
-    lines, and `logx` makes the x axis of a line plot logarithmic.
+    Rows may carry `low` and `high`, which become error bars unless they are None, and the `line` of their series, ":"
+    for one that was not measured; `references` are labelled horizontal lines, and `logx` makes the x axis of a line
+    plot logarithmic.
     """
-    import matplotlib as mpl
+    from matplotlib.ticker import MaxNLocator
 
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(8, 4.5), dpi=120, layout="constrained")
     ticks = list(dict.fromkeys(row[x] for row in rows))
     names = list(dict.fromkeys(row[series] for row in rows)) if series else [None]
     width = 0.8 / len(names)
@@ -62,12 +83,16 @@ def plot(
                   for end in ("low", "high")]  # fmt: skip
         label = None if name is None else str(name)
         if kind == "line":
-            axes.errorbar([row[x] for row in mine], values, yerr=errors, marker="o", capsize=3, label=label)
+            style = mine[0].get("line", "-")
+            axes.errorbar([row[x] for row in mine], values, yerr=errors, marker="" if style == ":" else "o", capsize=3,
+                          label=label, linestyle=style)  # fmt: skip
         else:
             places = [ticks.index(row[x]) + (i + 0.5) * width - 0.4 for row in mine]
             axes.bar(places, values, width * 0.95, yerr=errors, capsize=2, label=label)
     if kind == "bar":
         axes.set_xticks(range(len(ticks)), [str(t) for t in ticks])
+    elif all(isinstance(tick, int) for tick in ticks):
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     for label, height in (references or {}).items():
         axes.axhline(height, color="gray", linestyle=":", linewidth=1)
         axes.annotate(label, (1.0, height), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8)
@@ -77,6 +102,3 @@ def plot(
     axes.grid(axis="y", alpha=0.3)
     if series:
         axes.legend(fontsize=8)
-    figure.savefig(path)
-    plt.close(figure)
-    return path

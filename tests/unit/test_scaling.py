@@ -302,9 +302,19 @@ def test_what_runs_after_backward_has_ended_is_exposed():
     assert found["all-reduce ms"] == pytest.approx(7.0)
     assert found["exposed ms"] == pytest.approx(4.0)
     assert found["exposed / stand-alone"] == pytest.approx(0.4)
+    assert found["low"] is found["high"] is None, "of two steps"
     assert found["ranks apart ms"] == pytest.approx(7.0)  # waiting for the last rank is no communication
     with pytest.raises(SystemExit, match="'gradients.0': 2, 'gradients.1': 2"):
         step.overlap(events, [[7.010], [7.010]], standalone=[0.010])
+
+
+def test_both_sides_of_the_overlap_are_uncertain():
+    sure, unsure = [1.0] * 10, [0.5, 1.5] * 5
+    assert step.ratio_of_medians(sure, sure) == (1, 1)
+    for pair in ((sure, unsure), (unsure, sure)):
+        low, high = step.ratio_of_medians(*pair)
+        assert low < 0.9 < 1.1 < high
+    assert step.ratio_of_medians(sure, sure[:5]) == (None, None)
 
 
 @pytest.mark.parametrize(
@@ -349,6 +359,29 @@ def tuned(speeds: dict[str, list[float]], *equal: str) -> list[dict]:
     case = Case(1, "horovod")
     found = {name: measured(case, *([[10 / v]] for v in values)) for name, values in speeds.items()}
     return [tune.row_of("comm.cycle_ms", name, found, name in equal) for name in speeds]
+
+
+@pytest.mark.parametrize("varied", ["ranks", "wire"])
+def test_a_plot_shows_what_varies(monkeypatch, tmp_path, varied):
+    panels = []
+    monkeypatch.setattr(scaling.show, "plots", lambda path, *drawn: panels.extend(drawn))
+    row = {"data": "synthetic", "wire": "fp32", "passes": 1, "images/s": 10.0, "low": None, "high": None}
+    rows = [{**row, "ranks": 1, "carrier": "none"}, {**row, "ranks": 2, "carrier": "none", "images/s": 19.0}]
+    two = {**row, "ranks": 2, "carrier": "horovod", "images/s": 18.0}
+    rows += [{**two, "of 1 rank": 0.9, "of 1 rank low": 0.8, "of 1 rank high": 1.0}]
+    rows += [{**two, "wire": "bf16"}] if varied == "wire" else []
+    args = argparse.Namespace(model="resnet18", batch=8, image_size=32, mode="weak")
+    scaling.draw(rows, tmp_path / "x.png", args)
+    (points, how), *more = panels
+    if varied == "wire":
+        assert [p["case"] for p in points] == ["1 rank\nfp32", "2 ranks\nfp32", "2 ranks\nfp32", "2 ranks\nbf16"]
+        return
+    assert {(p["who"], p["ranks"]): p["images/s"] for p in points}["1 rank x N", 2] == 20
+    ((share, how),) = more
+    seen = {(p["who"], p["ranks"]): (p["of 1 rank"], p["low"]) for p in share}
+    assert seen["horovod", 2] == (0.9, 0.8)
+    assert seen["ceiling", 2] == (0.95, None)
+    assert seen["horovod", 1] == seen["1 rank x N", 2] == (1, None)
 
 
 def test_a_knob_is_turned_only_for_a_sure_gain():
