@@ -25,7 +25,8 @@ Definitions:
   is not equally fast everywhere.
 - Intervals: bootstrap of the median over rounds, 95 %; none below six rounds. max/median, p99/median: the slowest step
   and, from a hundred steps on, their 99th percentile, over their median.
-- Hours: of all epochs of the recipe at this speed, without evaluation; node-hours: times the hosts of the case.
+- Hours: of all epochs of the recipe at this speed, without evaluation, where images are of the recipe's size; with
+  synthetic images, if reading and decoding keep up. Node-hours: times the hosts of the case.
 """
 
 from __future__ import annotations

@@ -184,11 +184,16 @@ def spread(median: float, low: float | None, high: float | None, form: str, unit
 
 
 def time_to_end(speed: float, args: argparse.Namespace, nodes: int) -> dict[str, float]:
-    """Hours of all epochs of the recipe at this speed, evaluation not counted, and what is paid for them."""
+    """Hours of all epochs of the recipe at this speed, evaluation not counted, and what is paid for them.
+
+    Images of another size than the recipe's say nothing of it.
+    """
     name = recipe(args)
     if name is None:
         return {}
     config = load_config(name)
+    if args.image_size != config.data.image_size:
+        return {}
     hours = config.epochs * config.data.train_images / speed / 3600
     return {"hours": hours, "node-hours": hours * nodes}
 

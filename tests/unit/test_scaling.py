@@ -15,6 +15,7 @@ from benchmarks import (
     group,
     record,
     scaling,
+    scaling_results,
     step,
     tables,
     tune,
@@ -64,7 +65,7 @@ def test_accumulated_images_count():
     assert measured(Case(2, "horovod", passes=4), [[2.0], [2.0]]).speeds().tolist() == [40.0]
 
 
-ARGS = argparse.Namespace(recipe=None, model="resnet18")
+ARGS = argparse.Namespace(recipe=None, model="resnet18", image_size=224)
 
 
 def test_efficiencies_are_taken_round_by_round():
@@ -100,6 +101,11 @@ def test_efficiencies_are_taken_round_by_round():
     assert text.startswith("1125 (")
     assert split[Case(2, "horovod").key()]["ranks apart ms"] == pytest.approx(1000 * 0.05)
     assert split[Case(2, "none").key()]["ranks apart ms"] == 0
+
+
+def test_smaller_images_have_no_hours():
+    assert scaling_results.time_to_end(100.0, ARGS, 2)["node-hours"] > 0
+    assert scaling_results.time_to_end(100.0, argparse.Namespace(**{**vars(ARGS), "image_size": 112}), 2) == {}
 
 
 def test_parts_are_told_by_turns_that_wait_for_the_device():
