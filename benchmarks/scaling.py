@@ -251,7 +251,8 @@ def draw(rows: list[dict[str, Any]], path: Path, args: argparse.Namespace) -> No
     points.sort(key=lambda p: p["ranks"])
     name = "of 1 rank"
     share = [
-        {name: p["images/s"] / p["ranks"] / one["images/s"], **p, **{end: p.get(f"{name} {end}") for end in ("low", "high")}}
+        {name: p["images/s"] / p["ranks"] / one["images/s"], **p, "low": p.get(f"{name} low"),
+         "high": p.get(f"{name} high")}
         for p in points
     ]  # fmt: skip
     how = {"x": "ranks", "series": "who", "kind": "line"}

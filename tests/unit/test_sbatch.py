@@ -62,6 +62,16 @@ def test_a_template_is_resources_and_one_launch_line(template):
     ]
 
 
+@pytest.mark.parametrize(
+    ("nodes", "per_node", "sizes"),
+    [(1, 1, "1"), (1, 4, "1,4"), (3, 4, "1,4,8,12"), (4, 4, "1,4,8,16"), (6, 1, "1,2,4,6")],
+)
+def test_the_sweep_ends_with_all_of_the_allocation(nodes, per_node, sizes):
+    code = re.search(r"^sizes=1\n.*?^case [^\n]*$", (ROOT / "slurm/scaling.sbatch").read_text(), re.M | re.S)[0]
+    words = ["bash", "-euc", f'NODES={nodes} PER_NODE={per_node}\n{code}\necho "$sizes"']
+    assert subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip() == sizes
+
+
 def test_outside_of_slurm_a_template_says_how_to_use_it():
     done = subprocess.run(["bash", str(TEMPLATES[0])], env={"PATH": "/usr/bin:/bin"}, capture_output=True, text=True)
     assert done.returncode != 0
