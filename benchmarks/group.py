@@ -123,6 +123,11 @@ class Group:
         names = [f["host"] for f in self.facts]
         return [names.count(name) for name in dict.fromkeys(names)]
 
+    def machines(self) -> list[dict[str, Any]]:
+        """What each host is, as its first rank tells, in the order of `hosts`."""
+        names = [f["host"] for f in self.facts]
+        return [self.facts[names.index(name)]["machine"] for name in dict.fromkeys(names)]
+
     def do(self, work: Any) -> list[Any]:
         """Let all ranks do `work`; their answers in order of rank."""
         self._signal(signal.SIGCONT)

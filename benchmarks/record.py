@@ -201,6 +201,19 @@ def _machine() -> dict[str, Any]:
     }
 
 
+def host() -> dict[str, Any]:
+    """The host of this process as far as speed depends on it; no name. A rank may be bound to some of its cores."""
+    found = {"cpu": _machine()["cpu"], "cores": os.cpu_count()}
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_available():
+        return found
+    nccl = torch.cuda.nccl.version() if torch.distributed.is_nccl_available() else ()
+    return {
+        **found, "device_name": torch.cuda.get_device_name(), "devices": torch.cuda.device_count(),
+        "cuda": torch.version.cuda, "nccl of torch": ".".join(map(str, nccl)) or None,
+    }  # fmt: skip
+
+
 def environment() -> dict[str, str]:
     """The variables of this process that change what is measured; no names of hosts, no folders."""
     public = {k: v for k, v in os.environ.items() if KNOBS.match(k) and not PRIVATE.search(k)}

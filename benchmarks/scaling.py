@@ -83,7 +83,8 @@ def main() -> None:
                 warm_up(groups[case.key()], {"steps": 1, "apart": True}, most=1)
                 check_memory(groups[case.key()], cases[1:], slots(args.launcher, args.hosts))
         turns, unsteady = measure(groups, measured, args)
-        facts = groups[max(cases, key=lambda c: (c.carrier == args.carriers[0], c.ranks)).key()].facts[0]
+        largest = groups[max(cases, key=lambda c: (c.carrier == args.carriers[0], c.ranks)).key()]
+        facts, machines = largest.facts[0], largest.machines()
         hosts = {f"{case.ranks} ranks": groups[case.key()].hosts() for case in cases if case.passes == 1}
     finally:
         close_all(list(groups.values()))
@@ -94,7 +95,7 @@ def main() -> None:
     path = record.write(
         args.name or f"scaling_{args.model}", rows, raw, model=args.model, mode=args.mode, batch=args.batch,
         image_size=args.image_size, rounds=turns, steps_per_round=args.steps, still_warming_up=unsteady,
-        ranks_per_host=hosts, **described(facts), launcher=args.launcher, options=args.option,
+        ranks_per_host=hosts, hosts=machines, **described(facts), launcher=args.launcher, options=args.option,
         recipe=recipe(args), split=split,
     )  # fmt: skip
     path.with_suffix(".md").write_text(f"`{record.command()}`\n\n{tables}", encoding="utf-8")

@@ -278,7 +278,7 @@ def facts(device: torch.device) -> dict[str, Any]:
     """Who answers, on what, and with which of the variables that matter, our defaults among them."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     return {"host": socket.gethostname(), "pid": os.getpid(), "device": device.type, "device_name": name,
-            "environment": record.environment()}  # fmt: skip
+            "machine": record.host(), "environment": record.environment()}  # fmt: skip
 
 
 def main() -> None:

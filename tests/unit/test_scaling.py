@@ -3,6 +3,7 @@
 import argparse
 import mmap
 import multiprocessing
+import os
 import time
 from types import SimpleNamespace
 
@@ -211,6 +212,17 @@ def test_ranks_of_a_host(monkeypatch):
     assert group.slots("srun") == 4
     words = group.start_words("srun", 8)
     assert {"--nodes=2", "--ntasks=8", "--ntasks-per-node=4"} <= set(words)
+
+
+def test_hosts_are_told_by_their_first_ranks_and_without_names():
+    one = group.Group.__new__(group.Group)
+    one.facts = [{"host": host, "machine": {"cpu": cpu}} for host, cpu in (("b", "x"), ("a", "y"), ("b", "-"))]
+    assert one.machines() == [{"cpu": "x"}, {"cpu": "y"}]
+    assert one.hosts() == [2, 1]
+    told = worker.facts(torch.device("cpu"))["machine"]
+    assert told["cpu"]
+    assert told["cores"] >= 1
+    assert os.uname().nodename not in told.values()
 
 
 def test_settings_reach_other_hosts(monkeypatch):
