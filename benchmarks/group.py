@@ -15,17 +15,21 @@ import secrets
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from multiprocessing.connection import Connection, Listener, wait
+from multiprocessing import AuthenticationError
+from multiprocessing.connection import Connection, Listener, answer_challenge, deliver_challenge, wait
 from pathlib import Path
 from typing import IO, Any
 
 ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent  # not resolved: the environment's own bin, where mpirun and horovodrun lie
 SECONDS = 300.0  # for a group to start
+GREETING = 10  # seconds for one who connects to show that it is a rank
 PATIENCE = 1800.0  # for an answer: many passes of a large network on a CPU; who ends is noticed at once
 ANY = 10**6  # ranks
 LEAST = 6  # rounds: the bootstrap of fewer medians is an interval of one or two values
@@ -99,7 +103,7 @@ class Group:
         self.output: IO[str] = tempfile.TemporaryFile("w+")  # noqa: SIM115  lives as long as the group
         key = secrets.token_hex(16)
         own = "" if hosts or "SLURM_JOB_ID" in os.environ else "127.0.0.1"
-        with Listener((own, 0), backlog=ranks, authkey=key.encode()) as listener:
+        with Listener((own, 0), backlog=ranks) as listener:
             port = listener.address[1]
             where = own or socket.gethostname()
             told = {"BENCHMARK_HOST": where, "BENCHMARK_PORT": str(port), "BENCHMARK_KEY": key, **extra}
@@ -111,8 +115,8 @@ class Group:
             )  # fmt: skip
             self.connections: dict[Any, Connection] = {}
             while len(self.connections) < ranks:
-                connection = self._accept(listener)
-                self.connections[connection.recv()] = connection
+                rank, connection = self._accept(listener, key.encode())
+                self.connections[rank] = connection
         self.facts = self._gather(SECONDS)
         here = socket.gethostname()
         self.local = [f["pid"] for f in self.facts if f["host"] == here] if len(self.hosts()) == 1 else []
@@ -152,17 +156,28 @@ class Group:
             self.process.wait(30)
         except subprocess.TimeoutExpired:
             self.process.terminate()
-            self.process.wait(30)
+            try:
+                self.process.wait(30)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                self.process.wait()
         self.output.close()
 
-    def _accept(self, listener: Listener) -> Connection:
+    def _accept(self, listener: Listener, key: bytes) -> tuple[int, Connection]:
+        """The next rank and its connection; whoever else finds the port is sent away."""
         listener._listener._socket.settimeout(1.0)  # type: ignore[attr-defined]  Listener has no public time-out
-        for _ in range(int(SECONDS)):
+        end = time.monotonic() + SECONDS
+        while time.monotonic() < end:
             try:
-                return listener.accept()
+                connection = listener.accept()
             except TimeoutError:
                 if self.process.poll() is not None:
                     raise self._failed(f"ended with {self.process.returncode} at the start") from None
+                continue
+            try:
+                return greet(connection, key), connection
+            except (AuthenticationError, EOFError, OSError):
+                connection.close()
         raise self._failed(f"did not start within {SECONDS:.0f} s")
 
     def _gather(self, seconds: float) -> list[Any]:
@@ -194,6 +209,24 @@ class Group:
         return GroupFailed(f"{' '.join(self.words)}: {what}\n{self.output.read()[-3000:]}")
 
 
+def greet(connection: Connection, key: bytes) -> int:
+    """The rank at the other end, once it has shown that it knows the key; an error after `GREETING` s without words.
+
+    As Listener does with `authkey`, which would wait for ever.
+    """
+
+    def patience(seconds: int) -> None:
+        with socket.socket(fileno=os.dup(connection.fileno())) as same:
+            same.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", seconds, 0))
+
+    patience(GREETING)
+    deliver_challenge(connection, key)
+    answer_challenge(connection, key)
+    rank = connection.recv()
+    patience(0)
+    return rank
+
+
 def die_with_parent() -> None:
     """Ask Linux to kill this process when its parent has gone, even while it is stopped."""
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
@@ -220,6 +253,12 @@ def in_turn(
 
 
 def close_all(groups: Sequence[Group]) -> None:
-    """End all groups, also after an error of one."""
+    """End all groups, also after an error of one, which is raised in the end."""
+    failed = []
     for group in groups:
-        group.close()
+        try:
+            group.close()
+        except Exception as e:  # the others hold memory and cores
+            failed.append(e)
+    if failed:
+        raise failed[0]

@@ -6,7 +6,8 @@
 Ranks are started by srun inside an allocation, else by mpirun, on this host or those of `--hosts`, and train through
 the trainer's own engine. All groups live side by side and take turns of a few steps, so that every number of one round
 was taken within seconds of the others; ratios are taken round by round. Groups that wait for their turn are stopped
-where they run on this host; on others their background threads go on, which costs the one that works some CPU.
+where they run on this host; on others their background threads go on, which costs the one that works some CPU. Ranks
+get one thread each unless OMP_NUM_THREADS says more.
 Definitions:
 
 - The slowest rank is the step. images/s = images of all ranks / sum of these steps, round by round and without warm-up;

@@ -10,6 +10,8 @@
    not through when the last rank's backward ends is exposed; until then the others wait for that rank (`ranks apart`),
    which no network could change. Beside it the same buckets with nothing else to do (stand-alone). Hosts' clocks are
    compared: over several hosts they must agree to a millisecond.
+
+Ranks get one thread each unless OMP_NUM_THREADS says more.
 """
 
 from __future__ import annotations

@@ -1,10 +1,15 @@
 """What the scaling benchmarks compute from their times: speeds, efficiencies, fits, overlap, choices, tables."""
 
 import argparse
+import contextlib
 import mmap
 import multiprocessing
 import os
+import socket
+import threading
 import time
+from multiprocessing import AuthenticationError
+from multiprocessing.connection import Client
 from types import SimpleNamespace
 
 import numpy as np
@@ -212,6 +217,45 @@ def test_ranks_of_a_host(monkeypatch):
     assert group.slots("srun") == 4
     words = group.start_words("srun", 8)
     assert {"--nodes=2", "--ntasks=8", "--ntasks-per-node=4"} <= set(words)
+
+
+def test_who_is_no_rank_is_sent_away(monkeypatch):
+    """One who says nothing, one who speaks something else, one with another key; then the rank."""
+    monkeypatch.setattr(group, "GREETING", 1)
+    one = group.Group.__new__(group.Group)
+    with group.Listener(("127.0.0.1", 0), backlog=4) as listener, contextlib.ExitStack() as open_:
+        strangers = [open_.enter_context(socket.create_connection(listener.address)) for _ in range(2)]
+        strangers[1].sendall(b"GET / HTTP/1.1\r\n\r\n")
+
+        def connect():
+            with pytest.raises(AuthenticationError):
+                Client(listener.address, authkey=b"other")
+            with Client(listener.address, authkey=b"key") as client:
+                client.send(3)
+                said.append(client.recv())
+
+        said = []
+        rank = threading.Thread(target=connect, daemon=True)
+        rank.start()
+        number, connection = one._accept(listener, b"key")
+        assert number == 3
+        assert not connection.poll(1.2), "no time-out is left on it"
+        connection.send("go")
+        rank.join(10)
+        connection.close()
+    assert said == ["go"]
+
+
+def test_all_groups_are_closed_whatever_one_says():
+    closed = []
+
+    def bad():
+        raise RuntimeError("stuck")
+
+    groups = [SimpleNamespace(close=bad), SimpleNamespace(close=lambda: closed.append(1))]
+    with pytest.raises(RuntimeError, match="stuck"):
+        group.close_all(groups)
+    assert closed == [1]
 
 
 def test_hosts_are_told_by_their_first_ranks_and_without_names():
