@@ -147,7 +147,9 @@ def shared_run_dir(comm: Any, facts: Sequence[Facts], roll: Roll) -> Check:
     blind = [f.host for f, sees in zip(facts, seen, strict=True) if not sees]
     if blind:
         value = f"{roll.run_dir}: files of rank 0 are not visible on {verdict.some(blind)}"
-        return verdict.fail("run directory", value, "a --run_dir on a file system that all nodes share")
+        return verdict.fail(
+            "run directory", value, "a --run_dir (RUN_DIR of the templates) on a file system that all nodes share"
+        )
     return Check("run directory", "ok", f"{roll.run_dir}, shared by all nodes")
 
 

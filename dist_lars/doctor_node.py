@@ -98,7 +98,7 @@ def places(config: Config, run_dir: Path | None) -> list[Place]:
     if run_dir is not None:
         found.append(probe("run directory", str(run_dir)))
     if config.data.kind == "digits":
-        found.append(probe("cache ($DIST_LARS_CACHE)", cache_dir()))
+        found.append(probe("cache", cache_dir()))
     if place := stage_place(config):
         try:
             found.append(probe("staging", expand(place)))

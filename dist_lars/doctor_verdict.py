@@ -190,7 +190,11 @@ def check_places(facts: Sequence[Facts]) -> Check:
     if broken:
         host, first = broken[0]
         more = [h for h, place in broken if place.what == first.what]
-        fix = QUOTA if "inode" in first.problem or "uota" in first.problem else "another folder, or " + exclude(more)
+        fix = "another folder" + (" by $DIST_LARS_CACHE" if first.what == "cache" else "")
+        if "inode" in first.problem or "uota" in first.problem:
+            fix = QUOTA
+        elif len(set(more)) < len(nodes(facts)):
+            fix += ", or " + exclude(more)
         return fail("scratch", f"{first.what} {first.path}: {first.problem}, on {some(more)}", fix)
     for what, least in MIN_FREE.items():
         short = [(host, place) for host, place in found if place.what == what and place.free < least]
@@ -218,7 +222,7 @@ def check_data(facts: Sequence[Facts]) -> Check:
         return Check("data", "ok", f"visible on {len(nodes(facts))} nodes")
     everywhere = len(blind) == len(nodes(facts))
     where = "any node" if everywhere and len(blind) > 1 else some([f.host for f in blind])
-    fix = "$DIST_LARS_DATA or --data.path names a folder that compute nodes mount"
+    fix = "$DIST_LARS_DATA or --data.path names a folder that compute nodes mount, with train/CLASS/image.jpg or shards"
     return fail(
         "data", f"not visible on {where}: {blind[0].data}", fix if everywhere else exclude([f.host for f in blind])
     )

@@ -6,6 +6,7 @@ the images out.
 """
 
 import json
+import os
 import sys
 from typing import Literal
 
@@ -17,7 +18,10 @@ def main(argv: list[str] | None = None) -> None:
     """Parse, evaluate, print."""
     parser = command_parser("python -m dist_lars.evaluate", __doc__ or "")
     parser.add_argument("--checkpoint", type=str, required=True, help="a run directory or a checkpoint file")
-    parser.add_argument("--data.path", type=str, required=True, help="the images")
+    given_path = os.environ.get("DIST_LARS_DATA")
+    parser.add_argument(
+        "--data.path", type=str | None, default=given_path, help="the images (default: $DIST_LARS_DATA)"
+    )
     parser.add_argument("--data.workers", type=int | None, default=None, help="loader processes per rank")
     parser.add_argument("--batch", type=int, default=64, help="images per forward pass")
     parser.add_argument("--device", type=Literal["auto", "cpu", "cuda"], default="auto", help="where to compute")
@@ -28,6 +32,8 @@ def main(argv: list[str] | None = None) -> None:
         given = typed(parser, normalise(sys.argv[1:] if argv is None else argv, parser))
     except UserError as e:
         fail(e)
+    if given["data.path"] is None:
+        fail(UserError("no images: name their folder with --data.path DIR or $DIST_LARS_DATA"))
     from dist_lars import api, launch
     from dist_lars import comm as ranks
     from dist_lars.resources import on_cpu

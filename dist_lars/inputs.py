@@ -123,6 +123,13 @@ def advice(config: Config, sets: data.Sets, workers: int) -> str:
     return stage.advice(workers, packed, config.data.stage is not None, cached)
 
 
+def images_of(config: Config, sets: data.Sets) -> str:
+    """What `evaluate --data.path` takes to see the validation images of this run again."""
+    if config.data.kind == "digits":
+        return str(Path(sets.val.index.root).parent)  # type: ignore[union-attr]
+    return config.data.val or data_path(config) or "DIR"
+
+
 def check_skipped(found: list[dict[str, str]], limit: int) -> dict[str, str]:
     """All files that the ranks found to be no images; refused above the limit of the job."""
     together = {name: why for own in found for name, why in own.items()}

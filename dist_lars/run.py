@@ -50,6 +50,7 @@ class Run:
             progress=config.log.progress, patient=self.patient,
         )  # fmt: skip
         self.log.advice = inputs.advice(config, sets, workers)
+        self.images = inputs.images_of(config, sets)
         self.train_batches: data.Batches | data.Remembered | None = None
         self.skipped: dict[str, str] = {}  # files that were no images, and why; of all ranks
         stacks = run_dir / f"stacks-rank{self.comm.rank}.txt"
@@ -245,7 +246,7 @@ class Run:
             f"finished: top-1 {result.top1:.2f}% (best {best:.2f}%), top-5 {result.top5:.2f}%\n"
             f"  checkpoints: {self.run_dir}/checkpoints (latest, best)\n"
             f"  log: {self.run_dir}/log.jsonl, {self.run_dir}/config.yaml\n"
-            f"  evaluate: python -m dist_lars.evaluate --checkpoint {self.run_dir} --data.path DIR"
+            f"  evaluate: python -m dist_lars.evaluate --checkpoint {self.run_dir} --data.path {self.images}"
         )
         self._end_log("end", **result._asdict())
         self._status("finished", top1=result.top1)

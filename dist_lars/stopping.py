@@ -43,10 +43,17 @@ class StopNotes:
         if self.signal is not None:
             return f"signal {self.signal}"
         if self.stop_file is not None and self.stop_file.exists():
-            return f"file {self.stop_file.name}"
+            return f"file {self.stop_file.name}{self._said()}"
         if self.deadline is not None and time.time() + needed + MARGIN > self.deadline:
             return "time limit"
         return None
+
+    def _said(self) -> str:
+        try:
+            text = self.stop_file.read_text(encoding="utf-8").strip()[:100] if self.stop_file else ""
+        except OSError:  # removed again by now
+            text = ""
+        return f", which says: {text}" if text else ""
 
 
 def deadline(max_time: str | None, started: float, environment: Mapping[str, str]) -> float | None:

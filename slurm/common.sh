@@ -31,8 +31,10 @@ cd "$SLURM_SUBMIT_DIR"
 export SLURM_EXPORT_ENV=ALL
 if [ -e slurm/site.sh ]; then
     set +u # the functions behind `module` read variables that nobody has set
+    trap 'say "refused: slurm/site.sh failed, see above" >&2' ERR
     # shellcheck source=slurm/site.example.sh
     source slurm/site.sh
+    trap - ERR
     set -u
 fi
 
@@ -69,6 +71,7 @@ fi
 IN_CONTAINER=() # before a command that shall run in the image
 PYXIS=()        # options of srun
 if [ -z "$CONTAINER" ]; then
+    [ -z "${VENV:-}" ] || [ -d "$VENV/bin" ] || refuse "VENV=$VENV, but there is no environment"
     VENV=${VENV:-$SLURM_SUBMIT_DIR/.venv}
     if [ -d "$VENV/bin" ]; then export PATH=$VENV/bin:$PATH; fi
     why=$(python -c 'import dist_lars.cli' 2>&1) || # the clone has dist_lars itself, but not what it stands on
@@ -177,13 +180,13 @@ WARNED="asked to stop by SIGUSR2" ENDED="ended by SIGTERM"
 on_warning() {
     interrupted=1 asked=$WARNED
     say "$asked: the run saves at its next step"
-    if [ -d "$RUN_DIR" ]; then touch "$RUN_DIR/STOP"; fi
+    if [ -d "$RUN_DIR" ]; then echo "$asked" >"$RUN_DIR/STOP"; fi
 }
 # scancel and preemption send it to the ranks too; 30 seconds later everything is killed.
 on_end() {
     interrupted=1 asked=$ENDED
     say "$asked"
-    if [ -d "$RUN_DIR" ]; then touch "$RUN_DIR/STOP"; fi
+    if [ -d "$RUN_DIR" ]; then echo "$asked" >"$RUN_DIR/STOP"; fi
 }
 trap on_warning USR2
 trap on_end TERM
@@ -205,7 +208,7 @@ again() {
         give_up "$1, and this was start $((RESTARTS + 1)) with MAX_REQUEUES=$MAX_REQUEUES" 75
     fi
     scontrol requeue "$JOB" || give_up "$1, and SLURM refuses to requeue" 75
-    say "requeued as job $JOB: $1; restart $((RESTARTS + 1)) of at most $MAX_REQUEUES"
+    say "requeued as job $JOB, which SLURM starts in about two minutes: $1; restart $((RESTARTS + 1)) of at most $MAX_REQUEUES"
     exit 0
 }
 
@@ -213,6 +216,9 @@ again() {
 
 # Refuse what would waste the allocation.
 check_allocation() {
+    local left=$((${SLURM_JOB_END_TIME:-9999999999} - $(date +%s)))
+    [ "$left" -gt 480 ] || say "$((left / 60)) minutes until the time limit, and the warning to save comes 5 minutes" \
+        "before it: a longer --time, or a later warning (--signal=B:USR2@60)"
     [ "$RESTARTS" -le "$MAX_REQUEUES" ] ||
         refuse "job $JOB was restarted $RESTARTS times, by SLURM itself, and MAX_REQUEUES is $MAX_REQUEUES"
     if [ "$GPUS" -gt 0 ] && [ "$GPUS" -ne "$PER_NODE" ]; then
@@ -221,24 +227,22 @@ check_allocation() {
 }
 
 train() {
+    [[ " $* " != *" --run_dir"* ]] || refuse "--run_dir is told before the template: RUN_DIR=runs/mine sbatch ..."
     if [ -n "${SLURM_ARRAY_TASK_ID:-}" ] && [[ " $* " != *" --seed"* ]]; then
         set -- "$@" --seed "$SLURM_ARRAY_TASK_ID"
     fi
     if [ -n "${STAGE:-}" ]; then set -- "$@" --data.stage "$STAGE"; fi
     say "job $JOB on $NODES x $PER_NODE tasks ($SLURM_JOB_NODELIST), start $((RESTARTS + 1)): $*"
     check_allocation
+    say "the batch on $NODES x $PER_NODE ranks, for the recipe's number of images; the run tells its own:"
     single python -m dist_lars.train "$@" --dry_run --world_size "$RANKS" || exit $?
 
-    mkdir -p "$RUN_DIR"
-    local code=0
-    if [ -e "$RUN_DIR/.lock" ]; then flock --nonblock --conflict-exit-code 9 "$RUN_DIR/.lock" true || code=$?; fi
-    [ "$code" != 9 ] || refuse "another job trains in $RUN_DIR: wait for it, or stop it (touch $RUN_DIR/STOP)"
+    claim
     rm -f "$RUN_DIR/STOP" # of an earlier start that ended before it was seen
     set -- "$@" --run_dir "$RUN_DIR"
     preflight "$@"
-    if [ "$asked" = "$WARNED" ]; then again "$asked before the run began"; fi
-    local before
-    code=0
+    if [ "$asked" = "$WARNED" ]; then too_early; fi
+    local before code=0
     before=$(cat "$RUN_DIR/status.json" 2>/dev/null) || true
     attend launch "$LAUNCHER" python -m dist_lars.train "$@" || code=$?
     say "the launcher ended with $code"
@@ -246,6 +250,25 @@ train() {
         give_up "the run did not begin, for the reason above" "$code"
     fi
     finish "$code"
+}
+
+# claim: this job has RUN_DIR; refused while another one does, whose files would be lost.
+claim() {
+    local other
+    mkdir -p "$RUN_DIR" || refuse "RUN_DIR=$RUN_DIR cannot be made"
+    if ! (set -o noclobber; echo "$JOB" >"$RUN_DIR/.job") 2>/dev/null; then
+        other=$(cat "$RUN_DIR/.job")
+        if [ "$other" != "$JOB" ] && [ "$(squeue -h -j "$other" -t RUNNING,SUSPENDED -o %i 2>/dev/null)" ]; then
+            refuse "job $other trains in $RUN_DIR: wait for it, stop it (touch $RUN_DIR/STOP), or take another RUN_DIR;" \
+                "tasks of an array need none"
+        fi
+        echo "$JOB" >"$RUN_DIR/.job"
+    fi
+}
+
+# The next start would come no further.
+too_early() {
+    give_up "$asked before the run began; before the time limit the warning comes 5 minutes early (--signal): a longer --time" 75
 }
 
 # preflight OPTIONS: examine the nodes, and find out which launcher makes one job of all ranks.
@@ -271,8 +294,9 @@ preflight() {
         say "no job of $RANKS ranks by $LAUNCHER (exit code $code)"
     done
     if [ "$code" = 0 ]; then return; fi
-    if [ "$asked" = "$WARNED" ]; then again "$asked during the preflight"; fi
+    if [ "$asked" = "$WARNED" ]; then too_early; fi
     say "preflight failed: nothing was started (PREFLIGHT=no skips it)"
+    [ ! -e "$RUN_DIR/preflight.json" ] || code=3 # launchers change it
     exit "$code"
 }
 
@@ -299,7 +323,7 @@ finish() {
         exit 75
     fi
     case $outcome in
-    running*) outcome="the ranks ended without a word: killed, out of memory, or a lost node" ;;
+    running*) outcome="the ranks ended without a word: killed, out of memory, a lost node, or a signal to mpirun" ;;
     stopped*)
         if [ "$asked" = "$WARNED" ]; then again "$asked"; fi
         if [ -z "$asked" ] && [[ $outcome == *"time limit"* || $outcome == *SIGUSR2* ]]; then again "$outcome"; fi

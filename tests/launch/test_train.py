@@ -57,12 +57,13 @@ def test_the_first_run_learns(quickstart):
 
 
 def test_a_checkpoint_evaluates_to_what_the_log_says(quickstart, command):
-    folder, _ = quickstart
+    folder, output = quickstart
     data = next((folder / "cache").glob("digits-*"))
     words = ("python", "-m", "dist_lars.evaluate", "--checkpoint", str(folder / "run"), "--data.path", str(data))
+    assert f"python -m dist_lars.evaluate --checkpoint run --data.path {data}" in output
     last = runlog.read(folder / "run", "eval")[-1]
-    for launcher in ([], [*LAUNCHERS["mpirun"], "2"]):
-        done = command(*launcher, *words)
+    for launcher, told in (([], words), ([*LAUNCHERS["mpirun"], "2"], words[:-2])):
+        done = command(*launcher, *told, DIST_LARS_DATA=str(data))
         got = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))
         assert set(got) == {"loss", "top1", "top5", "count"}
         assert (got["top1"], got["top5"], got["count"]) == (last["top1"], last["top5"], 297)

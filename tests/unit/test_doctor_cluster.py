@@ -182,7 +182,7 @@ def test_packed_shards_are_looked_at(tmp_path, image_folder):
 
 def test_what_is_not_staged_needs_no_place():
     config = Settings(data=Data(kind="digits", stage="$NEVER_SET"))
-    assert [place.what for place in places(config, None)] == ["scratch", "shared memory", "cache ($DIST_LARS_CACHE)"]
+    assert [place.what for place in places(config, None)] == ["scratch", "shared memory", "cache"]
     config = Settings(data=Data(stage="$NEVER_SET"))
     assert "the variable is not set" in places(config, None)[2].problem
 

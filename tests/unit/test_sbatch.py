@@ -3,12 +3,12 @@
 import re
 import shutil
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
 
 from dist_lars.cli import load_config
-from dist_lars.locks import lock
 from dist_lars.plan import make_plan
 from tests.conftest import environment
 
@@ -20,6 +20,12 @@ SAME = {
     "cpus-per-task": "8", "mem": "0", "exclusive": "", "time": "24:00:00", "signal": "B:USR2@300", "requeue": "",
     "open-mode": "append", "output": "%x-%j.log", "gpus-per-node": "4", "ntasks-per-node": "4",
 }  # fmt: skip
+
+BEGINNING = """\
+cd "${SLURM_SUBMIT_DIR:?submit it by sbatch, from the folder that holds slurm/}"
+[ -e slurm/common.sh ] || { echo "refused: submit from the folder that holds slurm/, not from $PWD" >&2; exit 2; }
+source slurm/common.sh
+""".splitlines()
 
 
 def options(template: Path) -> dict[str, str]:
@@ -57,7 +63,7 @@ def test_a_template_is_resources_and_one_launch_line(template):
     assert told == SAME
     code = [line for line in text.splitlines() if line and not line.startswith("#")]
     assert code == [
-        'source "${SLURM_SUBMIT_DIR:?submit it by sbatch, from the folder that holds slurm/}/slurm/common.sh"',
+        *BEGINNING,
         f'train --preset {template.stem} "$@"',
     ]
 
@@ -76,6 +82,13 @@ def test_outside_of_slurm_a_template_says_how_to_use_it():
     done = subprocess.run(["bash", str(TEMPLATES[0])], env={"PATH": "/usr/bin:/bin"}, capture_output=True, text=True)
     assert done.returncode != 0
     assert "submit it by sbatch, from the folder that holds slurm/" in done.stderr
+
+
+def test_submitted_from_elsewhere_it_says_from_where(tmp_path):
+    env = {"PATH": "/usr/bin:/bin", "SLURM_SUBMIT_DIR": str(tmp_path)}
+    done = subprocess.run(["bash", str(TEMPLATES[0])], env=env, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert f"submit from the folder that holds slurm/, not from {tmp_path}" in done.stderr
 
 
 def test_every_variable_of_the_shared_file_is_documented():
@@ -161,16 +174,35 @@ def test_slow_imports_get_more_time_and_the_same_launcher(calls, tmp_path):
     assert all(line.startswith("srun") for line in lines), output
 
 
-def test_a_run_that_is_under_way_is_left_alone(calls, tmp_path):
-    run_dir = tmp_path / "runs/job-7"
+def test_a_run_directory_is_of_one_job(calls, tmp_path):
+    """squeue stands in for a job 8 that runs, then for one that has ended."""
+    squeue, run_dir = tmp_path / "bin/squeue", tmp_path / "runs/job-7"
+    squeue.write_text("#!/bin/bash\n[[ $* != *' 8 '* ]] || echo 8\n")
+    squeue.chmod(0o755)
     run_dir.mkdir(parents=True)
     (run_dir / "STOP").touch()
-    with lock(run_dir / ".lock"):
-        output, lines = calls(LAUNCHER="srun")
-    assert "another job trains in runs/job-7" in output
+    (run_dir / ".job").write_text("8\n")
+    output, lines = calls(LAUNCHER="srun")
+    assert "refused: job 8 trains in runs/job-7: wait for it, stop it (touch runs/job-7/STOP)" in output
     assert not lines
     assert (run_dir / "STOP").exists(), "it is the other job's"
+    squeue.write_text("#!/bin/sh\necho 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1\n")
     assert calls(LAUNCHER="srun")[1]
+    assert (run_dir / ".job").read_text() == "7\n"
+    assert calls(LAUNCHER="srun")[1], "its own next start"
+
+
+def test_a_short_time_limit_is_told(calls):
+    soon = calls(LAUNCHER="srun", SLURM_JOB_END_TIME=str(int(time.time()) + 290))[0]
+    assert "4 minutes until the time limit, and the warning to save comes 5 minutes before it: a longer --time" in soon
+    assert "time limit" not in calls(LAUNCHER="srun", SLURM_JOB_END_TIME=str(int(time.time()) + 3600))[0]
+
+
+def test_a_site_file_that_fails_is_named(calls, tmp_path):
+    (tmp_path / "slurm/site.sh").write_text("module load gcc\n")
+    output, lines = calls(LAUNCHER="srun")
+    assert "refused: slurm/site.sh failed, see above" in output
+    assert not lines
 
 
 def test_apptainer_stands_between_launcher_and_python(calls, tmp_path):
@@ -284,6 +316,7 @@ def test_an_array_task_is_told_how_to_go_on(calls):
         ({"SLURM_RESTART_COUNT": "21"}, "was restarted 21 times, by SLURM itself, and MAX_REQUEUES is 20"),
         ({"SLURM_JOB_NUM_NODES": "3", "SLURM_GPUS_PER_NODE": ""}, "batch_size 8192"),
         ({"CONTAINER": "x.sif", "LAUNCHER": "horovodrun"}, "use srun or mpirun"),
+        ({"VENV": "nowhere"}, "VENV=nowhere, but there is no environment"),
         ({"VENV": "empty"}, "cannot run dist_lars (No module named jsonargparse): run `make install` on the"),
     ],
 )

@@ -45,6 +45,8 @@ def test_a_stop_file_and_the_clock(tmp_path):
     assert notes.reason(needed=110) == "time limit"
     (tmp_path / "STOP").touch()
     assert notes.reason() == "file STOP"
+    (tmp_path / "STOP").write_text("asked to stop by SIGUSR2\n")
+    assert notes.reason() == "file STOP, which says: asked to stop by SIGUSR2"
 
 
 def test_the_earlier_limit_counts():
