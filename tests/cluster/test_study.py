@@ -38,7 +38,7 @@ def test_an_array_shares_a_study_and_goes_on_after_a_warning(slurm, tmp_path):
     other.completes()
     assert "task 0 of 2, 1 x 2 ranks (n1) by srun" in log
     assert "stopped (SIGTERM); the same command goes on from here" in log
-    assert f"requeued as job {warned.number}: asked to stop by SIGUSR2" in log
+    assert f"requeued as job {warned.number}, which SLURM starts in about two minutes: asked to stop by SIGUSR2" in log
     lines = [json.loads(line) for line in (tmp_path / "records/study-tiny.jsonl").read_text().splitlines()]
     runs = [line for line in lines if line["kind"] == "run"]
     names = sorted(f"{run['cell']['arm']} {run['seed']}" for run in runs)
