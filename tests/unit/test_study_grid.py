@@ -170,7 +170,7 @@ def test_recorded_runs_are_runs_of_their_study(name):
         ({"select": {"epoch": 3}}, "select: unknown key 'epoch'"),
         ({"select": {"epochs": 3, "share": 0.5}}, "select: either `epochs`"),
         ({"where": [{"arm": "LRAS", "set": {}}]}, "where: arm: unknown key 'LRAS'; known: LARS, SGD"),
-        ({"report": {"refrence": "LARS"}}, "report: unknown key 'refrence'"),
+        ({"report": {"refer": "LARS"}}, "report: unknown key 'refer'"),
         ({"report": {"series": "arm", "against": {"SGD": "LRAS"}}}, "report: against: unknown key 'LRAS'"),
         ({"report": {"series": "arm", "against": {"SDG": "LARS"}}}, "report: against: unknown key 'SDG'"),
         ({"axes": {"batchsize": [1]}}, "did you mean batch_size"),
