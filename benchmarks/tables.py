@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import record, show
-from benchmarks.scaling_results import shown
+from benchmarks.scaling_results import shown, spread
 
 README = Path(__file__).parent.parent / "README.md"
 MARKS = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.S)
@@ -121,8 +121,7 @@ def tune() -> str:
             if r["value"] != "default":
                 value = f"{r['value']} (the default itself)" if r.get("is the default") else r["value"]
                 row = table.setdefault((r["knob"], value), {"knob": r["knob"], "value": value})
-                sure = "" if r["low"] is None else f" ({r['low']:.3f} to {r['high']:.3f})"
-                row[f"{body['model']}, x default"] = f"{r['x default']:.3f}{sure}"
+                row[f"{body['model']}, x default"] = spread(r["x default"], r["low"], r["high"], "{:.3f}")
     return show.markdown(table.values()) + "".join(_link(f"tune_{body['model']}") for body in found)
 
 

@@ -1,6 +1,7 @@
 # shellcheck shell=bash
 # What every template shares: the environment, the checks before anything is spent, the launch, and what happens when
-# the job is asked to stop. A template names resources and calls `train OPTIONS`. README.md, "On your cluster".
+# the job is asked to stop. A template names resources, goes to the folder it was submitted from, reads this file there and
+# calls `train OPTIONS`. README.md, "On your cluster".
 #
 # Set these in the environment of sbatch or in slurm/site.sh:
 #   DIST_LARS_DATA=DIR     the images: a folder, or packed shards
@@ -26,7 +27,6 @@ refuse() { say "refused: $*" >&2; exit 2; }
 
 # --- what was allocated -----------------------------------------------------------------------------------------------
 
-cd "$SLURM_SUBMIT_DIR"
 # Where sbatch was told to hand on no environment, srun would do likewise.
 export SLURM_EXPORT_ENV=ALL
 if [ -e slurm/site.sh ]; then
@@ -180,14 +180,15 @@ WARNED="asked to stop by SIGUSR2" ENDED="ended by SIGTERM"
 on_warning() {
     interrupted=1 asked=$WARNED
     say "$asked: the run saves at its next step"
-    if [ -d "$RUN_DIR" ]; then echo "$asked" >"$RUN_DIR/STOP"; fi
+    tell_run
 }
 # scancel and preemption send it to the ranks too; 30 seconds later everything is killed.
 on_end() {
     interrupted=1 asked=$ENDED
     say "$asked"
-    if [ -d "$RUN_DIR" ]; then echo "$asked" >"$RUN_DIR/STOP"; fi
+    tell_run
 }
+tell_run() { if [ -d "$RUN_DIR" ]; then echo "$asked" >"$RUN_DIR/STOP"; fi; }
 trap on_warning USR2
 trap on_end TERM
 
