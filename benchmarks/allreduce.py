@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks import record, show
-from benchmarks.group import Group, close_all, launcher_at_hand
+from benchmarks.group import Group, close_all, launch_options
 
 LAUNCHER = {"horovod-gloo": "gloo"}
 CARRIERS = ("horovod", "horovod-gloo", "torch", "mpi4py")
@@ -31,7 +31,7 @@ def main() -> None:
     parser.add_argument("--largest_mb", type=float, default=256.0)
     parser.add_argument("--rounds", type=int, default=5, help="turns of each carrier at each size")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--launcher", choices=("mpirun", "horovodrun", "srun"), default=launcher_at_hand())
+    launch_options(parser)
     parser.add_argument("--name", default="allreduce", help="of the record")
     args = parser.parse_args()
     known = [c for c in CARRIERS if args.device == "cpu" or c in ("horovod", "torch")]
@@ -66,7 +66,7 @@ def measure(args: argparse.Namespace, carriers: list[str]) -> tuple[dict[tuple[s
     try:
         for carrier in carriers:
             job = {"task": "allreduce", "carrier": carrier, "device": args.device}
-            groups[carrier] = Group(job, args.ranks, LAUNCHER.get(carrier, args.launcher))
+            groups[carrier] = Group(job, args.ranks, LAUNCHER.get(carrier, args.launcher), args.hosts)
         for size in sizes(args.largest_mb):
             repeat = int(np.clip(2e7 / size, 2, 50))
             for turn in range(args.rounds + 1):

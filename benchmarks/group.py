@@ -7,6 +7,7 @@ threads never rest. Nothing of a group outlives this process.
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import json
 import os
@@ -84,6 +85,14 @@ def _own(name: str) -> str:
 def launcher_at_hand() -> str:
     """srun inside an allocation, else mpirun."""
     return "srun" if os.environ.get("SLURM_JOB_ID") and shutil.which("srun") else "mpirun"
+
+
+def launch_options(parser: argparse.ArgumentParser) -> None:
+    """How a benchmark that starts ranks is told by what, and where."""
+    parser.add_argument("--launcher", choices=("mpirun", "horovodrun", "srun"), default=launcher_at_hand())
+    parser.add_argument(
+        "--hosts", default="", help="host1:4,host2:4, this one first, for mpirun and horovodrun over ssh"
+    )
 
 
 def environment(**extra: str) -> dict[str, str]:

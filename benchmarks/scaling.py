@@ -24,6 +24,8 @@ Definitions:
   it slows backward down, and waiting for the slower rank. `wait` is what comes after backward. `ranks apart`: how much
   longer than the mean the slowest rank works at a step, of itself: what waiting for each other costs on a machine that
   is not equally fast everywhere.
+- Beyond: milliseconds of a rank's step, on average over ranks, less those of an independent rank, or of DDP's, in the
+  same round. DDP waits inside backward, Horovod in `wait`, each for the slower rank, too.
 - Intervals: bootstrap of the median over rounds, 95 %; none below six rounds. max/median, p99/median: the slowest step
   and, from a hundred steps on, their 99th percentile, over their median.
 - Hours: of all epochs of the recipe at this speed, without evaluation, where images are of the recipe's size; with
@@ -40,8 +42,20 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import record, show
-from benchmarks.group import Group, close_all, described, in_turn, launcher_at_hand, slots
-from benchmarks.scaling_results import PARTS, Case, Measured, compare, recipe, shown, shown_split, split_rows, table
+from benchmarks.group import Group, close_all, described, in_turn, launch_options, slots
+from benchmarks.scaling_results import (
+    PARTS,
+    Case,
+    Measured,
+    beyond_rows,
+    compare,
+    recipe,
+    shown,
+    shown_beyond,
+    shown_split,
+    split_rows,
+    table,
+)
 
 CARRIERS = {"horovod": None, "horovod-gloo": "gloo", "torch": None, "ddp": None}  # -> launcher it needs
 
@@ -89,27 +103,29 @@ def main() -> None:
         hosts = {f"{case.ranks} ranks": groups[case.key()].hosts() for case in cases if case.passes == 1}
     finally:
         close_all(list(groups.values()))
-    rows, split = table(measured, args, hosts), split_rows(measured)
-    tables = report(rows, split, turns, args.steps, unsteady)
+    rows, split, beyond = table(measured, args, hosts), split_rows(measured), beyond_rows(measured)
+    tables = report(rows, split, beyond, turns, args.steps, unsteady)
     print(tables)
     raw = {f"{key} rank {r}": seconds for key, m in measured.items() for r, seconds in m.raw().items()}
     path = record.write(
         args.name or f"scaling_{args.model}", rows, raw, model=args.model, mode=args.mode, batch=args.batch,
         image_size=args.image_size, rounds=turns, steps_per_round=args.steps, still_warming_up=unsteady,
         ranks_per_host=hosts, hosts=machines, **described(facts), launcher=args.launcher, options=args.option,
-        recipe=recipe(args), split=split,
+        recipe=recipe(args), split=split, beyond=beyond,
     )  # fmt: skip
     path.with_suffix(".md").write_text(f"`{record.command()}`\n\n{tables}", encoding="utf-8")
     draw(rows, path.with_suffix(".png"), args)
     print(f"wrote {path.name}, its .md and its .png to benchmarks/records")
 
 
-def report(rows: list[dict[str, Any]], split: list[dict[str, Any]], turns: int, steps: int, unsteady: list[str]) -> str:
+def report(rows: list[dict[str, Any]], split: list[dict[str, Any]], beyond: list[dict[str, Any]], turns: int,
+           steps: int, unsteady: list[str]) -> str:  # fmt: skip
     """What is printed, and kept as .md."""
     began = f"; not steady when they began: {', '.join(unsteady)}" if unsteady else ""
     return (
         f"{show.markdown(shown(rows))}\n\n{turns} rounds of {steps} steps{began}.\n\n"
-        f"Median milliseconds of a step:\n\n{show.markdown(shown_split(split))}\n\n{definitions()}"
+        f"Median milliseconds of a step:\n\n{show.markdown(shown_split(split))}\n\n"
+        f"What a rank spends beyond others, by part:\n\n{show.markdown(shown_beyond(beyond))}\n\n{definitions()}"
     )
 
 
@@ -130,8 +146,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=300, help="for all turns together, six at least")
     parser.add_argument("--rounds", type=int, default=1000, help="turns of each group at most")
     parser.add_argument("--option", action="append", default=[], metavar="KEY=VALUE", help="of dist_lars.train")
-    parser.add_argument("--launcher", choices=("mpirun", "horovodrun", "srun"), default=launcher_at_hand())
-    parser.add_argument("--hosts", default="", help="host1:4,host2:4, for mpirun and horovodrun over ssh")
+    launch_options(parser)
     parser.add_argument("--recipe", help="preset whose epochs are turned into hours (default: by model)")
     parser.add_argument("--name", help="of the record")
     parser.add_argument("--compare", nargs=2, metavar="RECORD", help="two records: what the second one changed")

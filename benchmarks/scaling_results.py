@@ -42,13 +42,14 @@ class Measured:
         self.case, self.batch = case, batch
         self.blocks: list[np.ndarray] = []  # each [ranks, steps, parts]
         self.apart: list[np.ndarray] = []  # the same of turns that only tell the parts
-        self.cpu: list[float] = []  # of a step of a rank, all its threads
+        self.cpu: list[list[float]] = []  # of the steps of one turn, of all ranks; all threads of a rank
 
     def add(self, answers: list[list[dict[str, float]]], apart: bool = False) -> None:
         """One turn."""
         block = np.array([[[step[p] for p in PARTS] for step in steps] for steps in answers])
         (self.apart if apart else self.blocks).append(block)
-        self.cpu += [step["cpu"] for steps in answers for step in steps if not apart]
+        if not apart:
+            self.cpu.append([step["cpu"] for steps in answers for step in steps])
 
     def raw(self) -> dict[int, list[float]]:
         """Seconds of every step by rank."""
@@ -98,6 +99,10 @@ class Measured:
         """Median milliseconds of each part over ranks and steps."""
         every = np.concatenate([block.reshape(-1, len(PARTS)) for block in self.apart or self.blocks])
         return {part: 1e3 * float(np.median(every[:, i])) for i, part in enumerate(PARTS)}
+
+    def mean_parts(self) -> np.ndarray:
+        """Milliseconds of each part, the mean over ranks and steps, by round: [rounds, parts]."""
+        return 1e3 * np.array([block.mean((0, 1)) for block in self.apart or self.blocks])
 
 
 def ceiling(measured: dict[str, Measured], case: Case) -> Measured | None:
@@ -209,11 +214,39 @@ def split_rows(measured: dict[str, Measured]) -> list[dict[str, Any]]:
     for m in measured.values():
         case = m.case
         row: dict[str, Any] = {"case": case.key(), "step ms": 1e3 * float(np.median(m.steps())), **m.parts()}
-        row |= {"cpu ms": 1e3 * float(np.median(m.cpu)), "ranks apart ms": m.apart_ms()}
+        row |= {"cpu ms": 1e3 * float(np.median(np.concatenate(m.cpu))), "ranks apart ms": m.apart_ms()}
         if alone := ceiling(measured, case):
             row |= interval("over ceiling ms", 1e3 * (m.seconds() - alone.seconds()))
         rows.append(row)
     return rows
+
+
+def beyond_rows(measured: dict[str, Measured]) -> list[dict[str, Any]]:
+    """What a rank spends in each part beyond an independent one, and Horovod's beyond DDP's: paired by rounds."""
+    rows: list[dict[str, Any]] = []
+    for m in measured.values():
+        others = {"independent": ceiling(measured, m.case)}
+        if m.case.carrier not in ("none", "ddp"):
+            others["DDP"] = measured.get(m.case._replace(carrier="ddp").key())
+        for name, other in others.items():
+            if other is not None and m.case.ranks > 1:
+                more = m.mean_parts() - other.mean_parts()
+                row: dict[str, Any] = {"case": m.case.key(), "beyond": name}
+                for part, values in zip((*PARTS, "all"), [*more.T, more.sum(1)], strict=True):
+                    row |= interval(f"{part} ms", values)
+                cpu = [1e3 * (np.mean(a) - np.mean(b)) for a, b in zip(m.cpu, other.cpu, strict=True)]
+                rows.append(row | interval("cpu ms", np.array(cpu)))
+    return rows
+
+
+def shown_beyond(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The same, with intervals in the cells; the parts in which a carrier does nothing are left out."""
+    names = [f"{part} ms" for part in (*PARTS, "all", "cpu") if part not in ("data", "input", "rest")]
+    return [
+        {"case": r["case"], "beyond": r["beyond"]}
+        | {name: spread(*(r[f"{name}{end}"] for end in ("", " low", " high")), "{:.0f}") for name in names}
+        for r in rows
+    ]
 
 
 def compare(before: dict[str, Any], after: dict[str, Any]) -> list[dict[str, Any]]:

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks import record, show
-from benchmarks.group import LEAST, Group, close_all, described, in_turn, launcher_at_hand
+from benchmarks.group import LEAST, Group, close_all, described, in_turn, launch_options
 from benchmarks.scaling import warm_up
 from benchmarks.scaling_results import PARTS, Case, Measured, ratio
 
@@ -41,7 +41,7 @@ def main() -> None:
     parser.add_argument("--image_size", type=int, default=224)
     parser.add_argument("--steps", type=int, default=12, help="of each kind")
     parser.add_argument("--option", action="append", default=[], metavar="KEY=VALUE", help="of dist_lars.train")
-    parser.add_argument("--launcher", choices=("mpirun", "horovodrun", "srun"), default=launcher_at_hand())
+    launch_options(parser)
     parser.add_argument("--name", help="of the record")
     args = parser.parse_args()
     sizes = {"1 rank alone": (1, "none")}
@@ -83,7 +83,7 @@ def start(args: argparse.Namespace, ranks: int, carrier: str, timeline: Path) ->
     options |= {"data.image_size": args.image_size, "data.resize": args.image_size * 8 // 7}
     job = {"task": "train", "carrier": carrier, "model": args.model, "batch": args.batch, "accumulation": 1,
            "wire": "fp32", "options": options, "timeline": str(timeline)}  # fmt: skip
-    return Group(job, ranks, args.launcher, HOROVOD_TIMELINE="DYNAMIC")
+    return Group(job, ranks, args.launcher, args.hosts, HOROVOD_TIMELINE="DYNAMIC")
 
 
 def in_turns(

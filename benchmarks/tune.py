@@ -28,7 +28,7 @@ import numpy as np
 import yaml
 
 from benchmarks import record, show
-from benchmarks.group import Group, close_all, described, in_turn, launcher_at_hand
+from benchmarks.group import Group, close_all, described, in_turn, launch_options
 from benchmarks.scaling import warm_up
 from benchmarks.scaling_results import Case, Measured, ratio
 from dist_lars.checkpoint import write_aside
@@ -103,7 +103,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--wire", action="store_true", help="try 16-bit gradients, too")
     parser.add_argument("--steps", type=int, default=3, help="of one turn")
     parser.add_argument("--rounds", type=int, default=8, help="turns of each value; fewer than 6 choose nothing")
-    parser.add_argument("--launcher", choices=("mpirun", "horovodrun", "srun"), default=launcher_at_hand())
+    launch_options(parser)
     parser.add_argument("--out", type=Path, required=True, help="the YAML file")
     parser.add_argument("--name", help="of the record (default: tune_MODEL)")
     args = parser.parse_args()
@@ -146,7 +146,7 @@ def start(args: argparse.Namespace, settings: Settings) -> Group:
     sizes = {"data.image_size": args.image_size, "data.resize": args.image_size * 8 // 7}
     job = {"task": "train", "carrier": "horovod", "model": args.model, "batch": args.batch, "accumulation": 1,
            "wire": options.get("comm.wire", "fp32"), "options": {**sizes, **options}}  # fmt: skip
-    return Group(job, args.ranks, args.launcher, **variables)
+    return Group(job, args.ranks, args.launcher, args.hosts, **variables)
 
 
 def is_default(settings: Settings, environment: Mapping[str, str]) -> bool:

@@ -195,3 +195,27 @@ def test_the_scaling_benchmark_shows_a_slow_link(net):
     assert speed["10mbit"] < 1.1 * most  # the shaper lets a first burst through
     assert row["of ceiling"] < 0.5
     assert speed[None] > 1.5 * most
+
+
+def test_the_other_benchmarks_go_over_hosts_too(net, tmp_path):
+    """tune has the knob there that one host lacks; step its overlap, all-reduces their carriers."""
+    small = ("--model", "cnn_small", "--image_size", "32", "--batch", "8", "--steps", "2")
+    runs = {
+        "tune": (*small, "--rounds", "1", "--knobs", "comm.hierarchical", "--out", str(tmp_path / "comm.yaml")),
+        "step": (*small, "--option", "precision=fp32"),
+        "allreduce": ("--largest_mb", "0.01", "--rounds", "1"),
+    }
+    body = {}
+    try:
+        for name, words in runs.items():
+            command = (sys.executable, "-m", f"benchmarks.{name}", "--hosts", "host1:1,host2:1", "--name", "test-hosts")
+            done = net["host1"].run(*command, *words, timeout=300, cwd=ROOT, check=False, **LAUNCHING)
+            assert done.returncode == 0, done.stdout[-3000:]
+            body[name] = json.loads((ROOT / "benchmarks/records/test-hosts.json").read_text())
+            assert body[name]["ranks_per_host"] == [1, 1], name
+    finally:
+        for path in (ROOT / "benchmarks/records").glob("test-hosts.*"):
+            path.unlink()
+    assert [row["value"] for row in body["tune"]["rows"] if row["knob"] == "comm.hierarchical"] == ["default", "True"]
+    assert body["step"]["overlap"]["stand-alone ms"] > 0
+    assert {row["carrier"] for row in body["allreduce"]["rows"]} == {"horovod", "horovod-gloo", "torch", "mpi4py"}

@@ -109,6 +109,28 @@ def test_efficiencies_are_taken_round_by_round():
     assert split[Case(2, "none").key()]["ranks apart ms"] == 0
 
 
+def test_what_a_part_takes_beyond_others_is_paired_by_rounds():
+    """The machine gets slower from round to round; backward of one rank has half a second more in each of them."""
+    rounds = range(1, 8)
+    found = {
+        m.case.key(): m
+        for m in (
+            measured(Case(1, "none"), *[[[1.0 * n]] for n in rounds]),
+            measured(Case(2, "none"), *[[[1.0 * n], [1.0 * n]] for n in rounds]),
+            measured(Case(2, "horovod"), *[[[1.0 * n + 0.5], [1.0 * n]] for n in rounds]),
+            measured(Case(2, "ddp"), *[[[1.0 * n], [1.0 * n]] for n in rounds]),
+        )
+    }
+    rows = {(r["case"].split()[1], r["beyond"]): r for r in scaling_results.beyond_rows(found)}
+    assert set(rows) == {("horovod", "independent"), ("horovod", "DDP"), ("ddp", "independent")}
+    for other in ("independent", "DDP"):
+        row = rows["horovod", other]
+        for what in ("backward ms", "all ms"):
+            assert row[what] == row[f"{what} low"] == row[f"{what} high"] == pytest.approx(250)
+        assert row["forward ms"] == row["cpu ms"] == 0
+    assert scaling_results.shown_beyond([rows["ddp", "independent"]])[0]["backward ms"] == "0 (0 to 0)"
+
+
 def test_smaller_images_have_no_hours():
     assert scaling_results.time_to_end(100.0, ARGS, 2)["node-hours"] > 0
     assert scaling_results.time_to_end(100.0, argparse.Namespace(**{**vars(ARGS), "image_size": 112}), 2) == {}
@@ -296,9 +318,9 @@ def test_too_few_rounds_have_no_interval():
     assert scaling.shown([row])[0]["images/s"] == "10.0"
     (row,) = scaling.table({key: many}, ARGS, {})
     assert (row["low"], row["steps"], row["p99/median"]) == (10, 100, 1)
-    text = scaling.report([row], [], 100, 1, ["2 ddp"])
+    text = scaling.report([row], [], [], 100, 1, ["2 ddp"])
     assert "100 rounds of 1 steps; not steady when they began: 2 ddp." in text
-    assert "not steady" not in scaling.report([row], [], 100, 1, [])
+    assert "not steady" not in scaling.report([row], [], [], 100, 1, [])
 
 
 def test_time_alone_does_not_end_the_rounds_too_early():
