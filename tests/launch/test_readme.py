@@ -121,7 +121,7 @@ def test_links_lead_to_files(page):
         assert (page.parent / target).exists(), target
 
 
-@pytest.mark.parametrize("number", sorted(set(re.findall(r"\d+\.\d+ ± \d+\.\d+ \(\d+\)", README))))
+@pytest.mark.parametrize("number", sorted(set(re.findall(r"\d+\.\d+ ± \d+\.\d+ \(\d+\)", " ".join(README.split())))))
 def test_an_accuracy_with_its_spread_is_one_of_a_study(number):
     reports = [path.read_text() for path in (ROOT / "benchmarks/records").glob("study-*.md")]
     assert any(number in text for text in reports)
