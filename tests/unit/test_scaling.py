@@ -564,6 +564,17 @@ def test_the_tables_of_the_readme_are_current():
     assert tables.filled(text) == text, "make tables"
 
 
+@pytest.mark.parametrize(("model", "least"), [("resnet18", 0.95), ("alexnet", 0.85)])
+def test_the_stored_records_hold_what_was_asked_of_scaling(model, least):
+    """Of the machine's own ceiling; not surely behind DDP; all-reduces hidden; defaults that nothing surely beats."""
+    body = {kind: record.read(f"{kind}_{model}") for kind in ("scaling", "step", "tune")}
+    (row,) = [r for r in body["scaling"]["rows"] if (r["ranks"], r["carrier"]) == (2, "horovod")]
+    assert row["of ceiling"] >= least
+    assert row["of DDP high"] >= 1
+    assert body["step"]["overlap"]["high"] < 0.5
+    assert not body["tune"]["chosen"]
+
+
 def test_a_table_that_is_not_current_is_noticed():
     text = tables.README.read_text()
     number = next(m[2] for m in tables.MARKS.finditer(text))
