@@ -37,7 +37,7 @@ train: install  ## train on real images with NP ranks, from nothing to top-1 in 
 	horovodrun -np $(NP) python -m dist_lars.train --preset quickstart $(ARGS)
 
 test: install  ## run every test: one process, real MPI, the user's own commands
-	python -m pytest $(ARGS)
+	python -m pytest --durations=20 --durations-min=5 $(ARGS)
 
 test-cluster: install  ## bring up SLURM and several hosts on this machine, as root, and submit the real templates
 	python -m pytest -m cluster tests/cluster $(ARGS)
