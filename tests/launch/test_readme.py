@@ -75,6 +75,7 @@ def test_the_option_exists(name):
 @pytest.mark.parametrize(("module", "words"), sorted(set(re.findall(BENCHMARK, README))))
 def test_the_benchmark_has_these_options(module, words):
     source = (ROOT / "benchmarks" / f"{module}.py").read_text()
+    source += (ROOT / "benchmarks/group.py").read_text() if "launch_options(parser)" in source else ""
     own = [n for n in re.findall(OPTION, words) if not (module == "study" and n in LEAVES)]  # it hands these on
     for name in own:
         assert f'"--{name}"' in source, f"benchmarks.{module} has no --{name}"
