@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks import record, show
-from benchmarks.group import Group, close_all, launch_options
+from benchmarks.group import Group, close_all, count, launch_options
 
 LAUNCHER = {"horovod-gloo": "gloo"}
 CARRIERS = ("horovod", "horovod-gloo", "torch", "mpi4py")
@@ -26,10 +26,10 @@ CARRIERS = ("horovod", "horovod-gloo", "torch", "mpi4py")
 def main() -> None:
     """Measure, print, record."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--ranks", type=count, default=2)
     parser.add_argument("--carriers", default=None, help=f"of {', '.join(CARRIERS)} (default: all that run there)")
     parser.add_argument("--largest_mb", type=float, default=256.0)
-    parser.add_argument("--rounds", type=int, default=5, help="turns of each carrier at each size")
+    parser.add_argument("--rounds", type=count, default=5, help="turns of each carrier at each size")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     launch_options(parser)
     parser.add_argument("--name", default="allreduce", help="of the record")

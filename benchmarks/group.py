@@ -47,6 +47,8 @@ def start_words(launcher: str, ranks: int, names: Iterable[str] = (), hosts: str
     `hosts`, as in "host1:4,host2:4", are filled from the first on by mpirun and horovodrun; srun has its allocation.
     """
     if launcher == "srun":
+        if hosts:
+            raise SystemExit("--hosts is for mpirun and horovodrun; srun takes the hosts of its allocation")
         per_node = min(ranks, slots(launcher))
         return ["srun", "--overlap", f"--nodes={-(-ranks // per_node)}", f"--ntasks={ranks}",
                 f"--ntasks-per-node={per_node}", f"--mpi={os.environ.get('MPI_TYPE', 'pmix')}", "--gpu-bind=none",
@@ -85,6 +87,20 @@ def _own(name: str) -> str:
 def launcher_at_hand() -> str:
     """srun inside an allocation, else mpirun."""
     return "srun" if os.environ.get("SLURM_JOB_ID") and shutil.which("srun") else "mpirun"
+
+
+def count(text: str) -> int:
+    """A whole number from 1 on, of a command line: none of anything would be noticed late, or measure nothing."""
+    if not text.strip().isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on")
+    return int(text)
+
+
+def option(text: str) -> str:
+    """KEY=VALUE of a command line, as it is."""
+    if "=" not in text:
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form KEY=VALUE")
+    return text
 
 
 def launch_options(parser: argparse.ArgumentParser) -> None:

@@ -24,6 +24,9 @@ Definitions:
   it slows backward down, and waiting for the slower rank. `wait` is what comes after backward. `ranks apart`: how much
   longer than the mean the slowest rank works at a step, of itself: what waiting for each other costs on a machine that
   is not equally fast everywhere.
+- Parts of a step: `data` is waiting for a batch, `input` copying and normalising it, `forward` the model and the loss,
+  `rest` all between the parts. `cpu`: of all threads of a rank, also those that carry gradients.
+- Carrier `none`: one rank alone, or independent ones. A case is ranks, carrier, wire, passes and data.
 - Beyond: milliseconds of a rank's step, on average over ranks, less those of an independent rank, or of DDP's, in the
   same round. DDP waits inside backward, Horovod in `wait`, each for the slower rank, too.
 - Intervals: bootstrap of the median over rounds, 95 %; none below six rounds. max/median, p99/median: the slowest step
@@ -42,7 +45,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import record, show
-from benchmarks.group import Group, close_all, described, in_turn, launch_options, slots
+from benchmarks.group import Group, close_all, count, described, in_turn, launch_options, option, slots
 from benchmarks.scaling_results import (
     PARTS,
     Case,
@@ -56,6 +59,7 @@ from benchmarks.scaling_results import (
     split_rows,
     table,
 )
+from dist_lars.cli import preset_names
 
 CARRIERS = {"horovod": None, "horovod-gloo": "gloo", "torch": None, "ddp": None}  # -> launcher it needs
 
@@ -85,7 +89,7 @@ def main() -> None:
     """Measure and record, or compare two records."""
     args = parse()
     if args.compare:
-        print(show.markdown(compare(*(json.loads(Path(p).read_text()) for p in args.compare))))
+        print(show.markdown(compare(*(json.loads(p.read_text()) for p in args.compare))))
         return
     cases = make_cases(args.ranks, args.carriers, args.wire, args.accumulation, args.images is not None)
     groups: dict[str, Group] = {}
@@ -123,7 +127,7 @@ def report(rows: list[dict[str, Any]], split: list[dict[str, Any]], beyond: list
     """What is printed, and kept as .md."""
     began = f"; not steady when they began: {', '.join(unsteady)}" if unsteady else ""
     return (
-        f"{show.markdown(shown(rows))}\n\n{turns} rounds of {steps} steps{began}.\n\n"
+        f"{show.markdown(shown(rows))}\n\n{turns} rounds of {steps} step{'s' * (steps > 1)}{began}.\n\n"
         f"Median milliseconds of a step:\n\n{show.markdown(shown_split(split))}\n\n"
         f"What a rank spends beyond others, by part:\n\n{show.markdown(shown_beyond(beyond))}\n\n{definitions()}"
     )
@@ -132,25 +136,39 @@ def report(rows: list[dict[str, Any]], split: list[dict[str, Any]], beyond: list
 def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    numbers = _list(int)
+    numbers = _list(count)
     parser.add_argument("--ranks", type=numbers, default=[1, 2], help="e.g. 1,2,4")
     parser.add_argument("--model", default="resnet18")
     parser.add_argument("--mode", choices=("weak", "strong"), default="weak")
-    parser.add_argument("--batch", type=int, default=32, help="images per pass: of a rank (weak), of all (strong)")
-    parser.add_argument("--image_size", type=int, default=224)
+    parser.add_argument("--batch", type=count, default=32, help="images per pass: of a rank (weak), of all (strong)")
+    parser.add_argument("--image_size", type=count, default=224)
     parser.add_argument("--carriers", type=_list(str, CARRIERS), default=["horovod", "ddp"], help=", ".join(CARRIERS))
     parser.add_argument("--wire", type=_list(str, ("fp32", "fp16", "bf16")), default=["fp32"], help="e.g. fp16,bf16")
     parser.add_argument("--accumulation", type=numbers, default=[1], help="passes per step, e.g. 1,4,16")
     parser.add_argument("--images", type=Path, help="also train on the images of this folder or these shards")
-    parser.add_argument("--steps", type=int, default=3, help="of one turn")
+    parser.add_argument("--steps", type=count, default=3, help="of one turn")
     parser.add_argument("--seconds", type=float, default=300, help="for all turns together, six at least")
-    parser.add_argument("--rounds", type=int, default=1000, help="turns of each group at most")
-    parser.add_argument("--option", action="append", default=[], metavar="KEY=VALUE", help="of dist_lars.train")
+    parser.add_argument("--rounds", type=count, default=1000, help="turns of each group at most")
+    parser.add_argument(
+        "--option", type=option, action="append", default=[], metavar="KEY=VALUE", help="of dist_lars.train"
+    )
     launch_options(parser)
-    parser.add_argument("--recipe", help="preset whose epochs are turned into hours (default: by model)")
+    parser.add_argument(
+        "--recipe",
+        choices=preset_names(),
+        metavar="PRESET",
+        help="preset whose epochs are turned into hours (default: by model)",
+    )
     parser.add_argument("--name", help="of the record")
-    parser.add_argument("--compare", nargs=2, metavar="RECORD", help="two records: what the second one changed")
+    parser.add_argument(
+        "--compare", nargs=2, type=Path, metavar="RECORD", help="two records: what the second one changed"
+    )
     args = parser.parse_args()
+    for path in args.compare or []:
+        if not path.is_file():
+            parser.error(f"--compare {path}: there is no such file")
+    if args.images and not args.images.is_dir():
+        parser.error(f"--images {args.images}: there is no such folder")
     if args.launcher == "srun" and "horovod-gloo" in args.carriers:
         parser.error(
             "horovod-gloo is started by horovodrun, which knows no allocation: add --launcher horovodrun --hosts"
@@ -168,7 +186,7 @@ def definitions() -> str:
     return str(__doc__).partition("Definitions:\n\n")[2]
 
 
-def _list(kind: type, allowed: Any = None) -> Callable[[str], list[Any]]:
+def _list(kind: Callable[[str], Any], allowed: Any = None) -> Callable[[str], list[Any]]:
     def split(text: str) -> list[Any]:
         values = [kind(word) for word in text.split(",")]
         wrong = [v for v in values if allowed is not None and v not in allowed]

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks import record, show
-from benchmarks.group import LEAST, Group, close_all, described, in_turn, launch_options
+from benchmarks.group import LEAST, Group, close_all, count, described, in_turn, launch_options, option
 from benchmarks.scaling import warm_up
 from benchmarks.scaling_results import PARTS, Case, Measured, ratio
 
@@ -36,11 +36,13 @@ def main() -> None:
     """Measure, print, record."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="resnet18")
-    parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--batch", type=int, default=32, help="images per rank and pass")
-    parser.add_argument("--image_size", type=int, default=224)
-    parser.add_argument("--steps", type=int, default=12, help="of each kind")
-    parser.add_argument("--option", action="append", default=[], metavar="KEY=VALUE", help="of dist_lars.train")
+    parser.add_argument("--ranks", type=count, default=2)
+    parser.add_argument("--batch", type=count, default=32, help="images per rank and pass")
+    parser.add_argument("--image_size", type=count, default=224)
+    parser.add_argument("--steps", type=count, default=12, help="of each kind")
+    parser.add_argument(
+        "--option", type=option, action="append", default=[], metavar="KEY=VALUE", help="of dist_lars.train"
+    )
     launch_options(parser)
     parser.add_argument("--name", help="of the record")
     args = parser.parse_args()

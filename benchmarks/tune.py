@@ -28,7 +28,7 @@ import numpy as np
 import yaml
 
 from benchmarks import record, show
-from benchmarks.group import Group, close_all, described, in_turn, launch_options
+from benchmarks.group import Group, close_all, count, described, in_turn, launch_options
 from benchmarks.scaling import warm_up
 from benchmarks.scaling_results import Case, Measured, ratio
 from dist_lars.checkpoint import write_aside
@@ -96,17 +96,19 @@ def parse() -> argparse.Namespace:
     """The command line; `knobs` becomes a list."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="resnet18")
-    parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--batch", type=int, default=32, help="images per rank and pass")
-    parser.add_argument("--image_size", type=int, default=224)
+    parser.add_argument("--ranks", type=count, default=2)
+    parser.add_argument("--batch", type=count, default=32, help="images per rank and pass")
+    parser.add_argument("--image_size", type=count, default=224)
     parser.add_argument("--knobs", default=",".join(GRID), help="which to try")
     parser.add_argument("--wire", action="store_true", help="try 16-bit gradients, too")
-    parser.add_argument("--steps", type=int, default=3, help="of one turn")
-    parser.add_argument("--rounds", type=int, default=8, help="turns of each value; fewer than 6 choose nothing")
+    parser.add_argument("--steps", type=count, default=3, help="of one turn")
+    parser.add_argument("--rounds", type=count, default=8, help="turns of each value; fewer than 6 choose nothing")
     launch_options(parser)
     parser.add_argument("--out", type=Path, required=True, help="the YAML file")
     parser.add_argument("--name", help="of the record (default: tune_MODEL)")
     args = parser.parse_args()
+    if not args.out.parent.is_dir():  # minutes before it would be written
+        parser.error(f"--out {args.out}: there is no folder {args.out.parent}")
     args.knobs = args.knobs.split(",")
     if unknown := [knob for knob in args.knobs if knob not in GRID]:
         parser.error(f"--knobs: there is no {', '.join(map(repr, unknown))}; choose from {', '.join(GRID)}")

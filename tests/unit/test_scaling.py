@@ -171,6 +171,34 @@ def test_what_would_be_labelled_wrongly_is_refused(monkeypatch, capsys, words, s
     assert said in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [("scaling --ranks 0,2", "--ranks: '0' is not a whole number from 1 on"),
+     ("scaling --batch -4", "'-4' is not a whole number"),
+     ("scaling --accumulation 0", "'0' is not a whole number"),
+     ("scaling --rounds 0", "'0' is not a whole number"),
+     ("scaling --recipe resnet18", "invalid choice: 'resnet18'"),
+     ("scaling --option foo", "'foo' is not of the form KEY=VALUE"),
+     ("scaling --images nowhere", "--images nowhere: there is no such folder"),
+     ("scaling --compare a.json b.json", "--compare a.json: there is no such file"),
+     ("tune --steps 0 --out x", "'0' is not a whole number"),
+     ("tune --out nowhere/comm.yaml", "--out nowhere/comm.yaml: there is no folder nowhere"),
+     ("step --steps 0", "'0' is not a whole number"),
+     ("allreduce --ranks 0", "'0' is not a whole number")],
+)  # fmt: skip
+def test_what_cannot_be_measured_or_written_is_refused_before_anything_starts(monkeypatch, capsys, words, said):
+    name, *rest = words.split()
+    monkeypatch.setattr("sys.argv", [name, *rest])
+    with pytest.raises(SystemExit):
+        {"scaling": scaling, "tune": tune, "step": step, "allreduce": allreduce}[name].main()
+    assert said in capsys.readouterr().err
+
+
+def test_hosts_are_not_for_srun():
+    with pytest.raises(SystemExit, match="--hosts is for mpirun and horovodrun"):
+        group.start_words("srun", 2, hosts="a:1,b:1")
+
+
 def test_strong_scaling_shares_one_batch():
     args = argparse.Namespace(mode="strong", batch=64)
     assert scaling.batch_of(args, Case(4, "horovod")) == 16
@@ -319,7 +347,7 @@ def test_too_few_rounds_have_no_interval():
     (row,) = scaling.table({key: many}, ARGS, {})
     assert (row["low"], row["steps"], row["p99/median"]) == (10, 100, 1)
     text = scaling.report([row], [], [], 100, 1, ["2 ddp"])
-    assert "100 rounds of 1 steps; not steady when they began: 2 ddp." in text
+    assert "100 rounds of 1 step; not steady when they began: 2 ddp." in text
     assert "not steady" not in scaling.report([row], [], [], 100, 1, [])
 
 
@@ -331,7 +359,19 @@ def test_time_alone_does_not_end_the_rounds_too_early():
 
 
 def test_what_the_words_mean_stands_beside_the_numbers():
-    for word in ("Of 1 rank", "1 node", "Of ceiling", "In step", "Of DDP", "p99/median", "Hours"):
+    for word in (
+        "Of 1 rank",
+        "1 node",
+        "Of ceiling",
+        "In step",
+        "Of DDP",
+        "p99/median",
+        "Hours",
+        "`data`",
+        "`rest`",
+        "`cpu`",
+        "`none`",
+    ):
         assert word in scaling.definitions()
 
 
