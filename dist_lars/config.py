@@ -298,9 +298,10 @@ def plain(value: Any) -> Any:
 def data_path(config: Config) -> str | None:
     """The image folder of this run: data.path, else $DIST_LARS_DATA; None where the kind of data needs none."""
     if config.data.kind != "folder":
+        if config.data.path:
+            raise UserError(f"data.path {config.data.path} would not be read: that takes --data.kind folder")
         return None
-    path = config.data.path or os.environ.get("DIST_LARS_DATA")
-    if not path:
+    if not (path := config.data.path or os.environ.get("DIST_LARS_DATA")):
         raise UserError(
             "no data: name an image folder (PATH/train/CLASS/image.jpg and PATH/val/CLASS/image.jpg) with --data.path "
             "PATH or $DIST_LARS_DATA; `--preset quickstart` needs none, `--data.kind synthetic` takes random images"

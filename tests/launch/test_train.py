@@ -146,6 +146,7 @@ def test_wrong_input_is_refused_without_a_traceback(command, image_folder, tmp_p
     cases = {
         (): "no data: name an image folder",
         ("--data.path", "nowhere"): "data folder nowhere does not exist",
+        ("--preset", "quickstart", "--data.path", "nowhere"): "data.path nowhere would not be read",
         ("--data.path", str(empty)): "has no train/ folder",
         ("--epoch", "3"): "did you mean epochs",
         ("--preset", "resnet18-8k"): "did you mean 'resnet18_8k'",

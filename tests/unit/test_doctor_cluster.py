@@ -165,7 +165,7 @@ def test_data_is_looked_for_where_the_run_would(tmp_path):
     (tmp_path / "train" / "class").mkdir()
     assert at(tmp_path) == ("", "")
     assert "train is an image folder, and data.stage copies packed shards" in at(tmp_path, stage="/local")[1]
-    assert at(tmp_path, stage="/local", kind="synthetic") == ("", "")
+    assert look_at_data(Settings(data=Data(stage="/local", kind="synthetic"))) == ("", "")
 
 
 def test_packed_shards_are_looked_at(tmp_path, image_folder):
