@@ -24,8 +24,8 @@ export PRTE_ALLOW_RUN_AS_ROOT := 1
 export PRTE_ALLOW_RUN_AS_ROOT_CONFIRM := 1
 endif
 
-.PHONY: help install train test test-cluster test-faults test-hosts test-docker test-studies test-install study check fmt \
-	tables doctor mutants clean clean-docker FORCE
+.PHONY: help install train test test-cluster test-faults test-hosts test-docker test-studies test-install study check \
+	lint fmt tables doctor mutants clean clean-docker FORCE
 .DELETE_ON_ERROR:
 
 help:  ## list the commands
@@ -60,14 +60,16 @@ test-install: install  ## build Horovod by other compilers, CMakes and MPIs (ten
 study: install  ## LARS against SGD on handwritten digits, with tables and plots, in minutes (STUDY=FILE ARGS="--data.path DIR")
 	python -m benchmarks.study $(STUDY) --workers $(NP) --records runs/studies $(ARGS)
 
-check: install  ## formatting, lint, spelling, types, and the tests that need one process
+check: lint  ## lint, and the tests that need one process
+	python -m pytest tests/unit
+
+lint: install  ## formatting, lint, spelling, types
 	ruff format --check .
 	ruff check .
 	hadolint docker/Dockerfile
 	codespell
 	shellcheck -x slurm/*.sh slurm/*.sbatch docker/dist_lars-sshd .ci/run
 	mypy
-	python -m pytest tests/unit
 
 fmt: install  ## format the code and repair what lint can repair
 	ruff format .
