@@ -177,10 +177,14 @@ def shown_split(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The same of `split_rows`."""
     name = "over ceiling ms"
     return [
-        {k: v for k, v in r.items() if not k.startswith(name)}
-        | ({name: spread(*(r[f"{name}{end}"] for end in ("", " low", " high")), "{:.0f}")} if name in r else {})
+        {k: v for k, v in r.items() if not k.startswith(name)} | ({name: in_ms(r, name)} if name in r else {})
         for r in rows
     ]
+
+
+def in_ms(row: dict[str, Any], name: str) -> str:
+    """Milliseconds with their interval, as `interval` left them in the row."""
+    return spread(*(row[f"{name}{end}"] for end in ("", " low", " high")), "{:.0f}")
 
 
 def spread(median: float, low: float | None, high: float | None, form: str, unit: str = "") -> str:
@@ -229,7 +233,7 @@ def beyond_rows(measured: dict[str, Measured]) -> list[dict[str, Any]]:
         if m.case.carrier not in ("none", "ddp"):
             others["DDP"] = measured.get(m.case._replace(carrier="ddp").key())
         for name, other in others.items():
-            if other is not None and m.case.ranks > 1:
+            if other is not None:
                 more = m.mean_parts() - other.mean_parts()
                 row: dict[str, Any] = {"case": m.case.key(), "beyond": name}
                 for part, values in zip((*PARTS, "all"), [*more.T, more.sum(1)], strict=True):
@@ -242,11 +246,7 @@ def beyond_rows(measured: dict[str, Measured]) -> list[dict[str, Any]]:
 def shown_beyond(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The same, with intervals in the cells; the parts in which a carrier does nothing are left out."""
     names = [f"{part} ms" for part in (*PARTS, "all", "cpu") if part not in ("data", "input", "rest")]
-    return [
-        {"case": r["case"], "beyond": r["beyond"]}
-        | {name: spread(*(r[f"{name}{end}"] for end in ("", " low", " high")), "{:.0f}") for name in names}
-        for r in rows
-    ]
+    return [{"case": r["case"], "beyond": r["beyond"]} | {name: in_ms(r, name) for name in names} for r in rows]
 
 
 def compare(before: dict[str, Any], after: dict[str, Any]) -> list[dict[str, Any]]:

@@ -168,29 +168,37 @@ def test_shards_are_copied_once_per_host(net, tmp_path, fault_images):  # noqa: 
     assert not list(local.iterdir())  # the disks were the hosts' own
 
 
+def recorded(net, words):
+    """What a benchmark over both hosts recorded; nothing of it stays among our records."""
+    name, *options = words
+    command = (sys.executable, "-m", f"benchmarks.{name}", "--hosts", "host1:1,host2:1", "--name", "test-hosts")
+    try:
+        done = net["host1"].run(*command, *options, timeout=400, cwd=ROOT, check=False, **LAUNCHING)
+        assert done.returncode == 0, done.stdout[-3000:]
+        return json.loads((ROOT / "benchmarks/records/test-hosts.json").read_text())
+    finally:
+        for path in (ROOT / "benchmarks/records").glob("test-hosts.*"):
+            path.unlink()
+
+
 def test_the_scaling_benchmark_shows_a_slow_link(net):
     """Two ranks send each other all gradients: at 10 Mbit/s no step can take less, whatever the machine is doing."""
     batch, speed = 8, {}
     gradients = 4 * sum(p.numel() for p in cnn_small(1000).parameters())  # bytes
     words = (
-        sys.executable, "-m", "benchmarks.scaling", "--hosts", "host1:1,host2:1", "--ranks", "1,2", "--model",
-        "cnn_small", "--image_size", "32", "--batch", str(batch), "--seconds", "1", "--carriers", "horovod",
-        "--option", "precision=fp32", "--option", "device=cpu", "--name", "test-hosts",
+        "scaling", "--ranks", "1,2", "--model", "cnn_small", "--image_size", "32", "--batch", str(batch), "--seconds",
+        "1", "--carriers", "horovod", "--option", "precision=fp32", "--option", "device=cpu",
     )  # fmt: skip
     try:
         for rate in (None, "10mbit"):
             net["host2"].limit(rate)
-            done = net["host1"].run(*words, timeout=400, cwd=ROOT, check=False, **LAUNCHING)
-            assert done.returncode == 0, done.stdout[-3000:]
-            body = json.loads((ROOT / "benchmarks/records/test-hosts.json").read_text())
+            body = recorded(net, words)
             assert body["ranks_per_host"] == {"1 ranks": [1], "2 ranks": [1, 1]}
             (row,) = [row for row in body["rows"] if row["carrier"] == "horovod"]
             speed[rate] = row["images/s"]
             print(f"{rate or 'no limit'}: {row['images/s']:.1f} images/s, {row['of ceiling']:.2f} of the ceiling")
     finally:
         net["host2"].limit(None)
-        for path in (ROOT / "benchmarks/records").glob("test-hosts.*"):
-            path.unlink()
     most = 2 * batch / (8 * gradients / 10e6)
     assert speed["10mbit"] < 1.1 * most  # the shaper lets a first burst through
     assert row["of ceiling"] < 0.5
@@ -205,17 +213,8 @@ def test_the_other_benchmarks_go_over_hosts_too(net, tmp_path):
         "step": (*small, "--option", "precision=fp32"),
         "allreduce": ("--largest_mb", "0.01", "--rounds", "1", "--carriers", "horovod-gloo,mpi4py"),
     }
-    body = {}
-    try:
-        for name, words in runs.items():
-            command = (sys.executable, "-m", f"benchmarks.{name}", "--hosts", "host1:1,host2:1", "--name", "test-hosts")
-            done = net["host1"].run(*command, *words, timeout=300, cwd=ROOT, check=False, **LAUNCHING)
-            assert done.returncode == 0, done.stdout[-3000:]
-            body[name] = json.loads((ROOT / "benchmarks/records/test-hosts.json").read_text())
-            assert body[name]["ranks_per_host"] == [1, 1], name
-    finally:
-        for path in (ROOT / "benchmarks/records").glob("test-hosts.*"):
-            path.unlink()
+    body = {name: recorded(net, (name, *words)) for name, words in runs.items()}
+    assert all(each["ranks_per_host"] == [1, 1] for each in body.values())
     assert [row["value"] for row in body["tune"]["rows"] if row["knob"] == "comm.hierarchical"] == ["default", "True"]
     assert body["step"]["overlap"]["stand-alone ms"] > 0
     assert {row["carrier"] for row in body["allreduce"]["rows"]} == {"horovod-gloo", "mpi4py"}
