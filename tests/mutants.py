@@ -45,6 +45,7 @@ DOCTOR, SBATCH = "tests/unit/test_doctor_cluster.py", "tests/unit/test_sbatch.py
 MODELS, ALEXNET = "tests/unit/test_models.py", "dist_lars/models/alexnet.py"
 
 MUTANTS = [
+    Mutant("dist_lars/optim/eager.py", "zero_grad = unwrap(Optimizer.zero_grad)", "zero_grad = Optimizer.zero_grad", "tests/unit/test_optim_build.py::test_training_does_not_wait_for_the_import_of_torchs_compiler"),
     # The law.
     Mutant(FOREACH, '== "inside"', '== "outside"', GOLDEN),
     Mutant(FOREACH, '== "norm_of_sum"', '== "sum_of_norms"', GOLDEN),

@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import Optimizer, ParamsT, required
+from torch.optim.optimizer import ParamsT, required
 
+from dist_lars.optim.eager import EagerOptimizer
 from dist_lars.optim.tensors import (
     Group,
     Ratios,
@@ -23,7 +24,7 @@ from dist_lars.optim.tensors import (
 )
 
 
-class LAMB(Optimizer):
+class LAMB(EagerOptimizer):
     r"""Adam whose every tensor moves in proportion to its own norm.
 
     The paper's Algorithm 2 with phi(z) = z, for the gradient g and step t of each parameter::

@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import Optimizer, ParamsT, required
+from torch.optim.optimizer import ParamsT, required
 
 from dist_lars.optim import foreach, fused
+from dist_lars.optim.eager import EagerOptimizer
 from dist_lars.optim.laws import DENOMINATORS, PLACEMENTS
 from dist_lars.optim.tensors import (
     Group,
@@ -28,7 +29,7 @@ from dist_lars.optim.tensors import (
 )
 
 
-class LARS(Optimizer):
+class LARS(EagerOptimizer):
     r"""SGD with momentum whose every tensor w ("layer") moves in proportion to its own norm.
 
     The default law, for the gradient g, decay wd, momentum m and learning rate lr of the tensor's group::

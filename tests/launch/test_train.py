@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import time
@@ -85,8 +86,11 @@ def test_a_finished_run_is_not_trained_again(quickstart, command):
 @pytest.mark.parametrize("launcher", ["mpirun", "gloo", "alone"])
 def test_every_launcher_trains_a_folder(command, image_folder, tmp_path, launcher):
     words = [] if launcher == "alone" else [*LAUNCHERS[launcher], "2"]
-    done = command(*words, *TRAIN, *SMALL_RUN, "--data.path", str(image_folder), "--run_dir", "r", timeout=150)
+    data = ("--data.path", str(image_folder))
+    done = command(*words, *TRAIN, *SMALL_RUN, *data, "--run_dir", "r", timeout=150, PYTHONPROFILEIMPORTTIME="1")
     assert done.returncode == 0, done.stdout[-3000:]
+    assert re.search(r"\| +torch$", done.stdout, re.M)
+    assert not re.search(r"\| +torch\._dynamo$", done.stdout, re.M)  # 2 s of every rank, for nothing
     assert runlog.read(tmp_path / "r", "end")[0]["step"] == 9
     assert runlog.read(tmp_path / "r", "eval")[-1]["count"] == 11
 

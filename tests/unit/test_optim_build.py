@@ -1,6 +1,8 @@
 """One `build` for all optimizers: names, laws, values in groups, the rebuild."""
 
 import inspect
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -101,3 +103,20 @@ def test_unknown_names_are_refused_with_the_nearest() -> None:
         build("lasr", groups(), lr=1.0)
     with pytest.raises(ValueError, match=r"unknown law 'xyz'; known: default, paper, mlperf, outside, larc"):
         build("lars", groups(), lr=1.0, law="xyz")
+
+
+@pytest.mark.parametrize("name", ["lars", "lamb"])
+def test_training_does_not_wait_for_the_import_of_torchs_compiler(name: str) -> None:
+    script = f"""
+import sys, torch
+from dist_lars import models, optim
+net = models.build("resnet_small", 2)
+opt = optim.build("{name}", [{{"params": list(net.parameters())}}], lr=1.0)
+opt.zero_grad()
+net(torch.ones(1, 3, 8, 8)).sum().backward()
+opt.step()
+opt.load_state_dict(opt.state_dict())
+print("torch._dynamo" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
