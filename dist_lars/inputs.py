@@ -19,12 +19,12 @@ from dist_lars.resources import free_memory
 
 def open_sets(config: Config, comm: Comm, cores: int = 1) -> data.Sets:
     """The run's images. Rank 0 alone touches the folder; the others get its index and read images, nothing else."""
-    d = config.data
+    d, given = config.data, data_path(config)
     if d.kind == "synthetic":
         return data.synthetic_sets(
             train=d.train_images, val=d.val_images, classes=d.classes, image_size=d.image_size, seed=config.seed
         )
-    path = str(_digits(comm, d.image_size) if d.kind == "digits" else data_path(config))
+    path = str(_digits(comm, d.image_size) if d.kind == "digits" else given)
     indexes = share_indexes(comm, lambda: _listed(path, d.val, d.hold_out))
     if place := stage_place(config):
         indexes = [_staged(comm, index, place) for index in indexes]

@@ -56,7 +56,7 @@ def test_a_run_goes_on_with_the_other_backend(command, image_folder, tmp_path, f
 def test_a_signal_saves_under_torchrun_and_the_run_continues_there(command, image_folder, tmp_path, then):
     """SIGTERM to torchrun reaches every rank, as at the end of a batch job; either backend goes on in the folder."""
     line = words("torch under torchrun", "--data.path", str(image_folder), "--run_dir", str(tmp_path / "r"))
-    line[line.index("--epochs") + 1] = "40"
+    line[line.index("--epochs") + 1] = "20"
     with (tmp_path / "out.txt").open("w") as out:
         job = subprocess.Popen(line, cwd=tmp_path, env=environment(), stdout=out, stderr=out, start_new_session=True)
         end = time.monotonic() + 90
@@ -72,7 +72,7 @@ def test_a_signal_saves_under_torchrun_and_the_run_continues_there(command, imag
     done = command(*line, timeout=150)
     assert done.returncode == 0, done.stdout[-3000:]
     assert f"continues at step {status['step']}\n" in done.stdout
-    assert runlog.read(tmp_path / "r", "end")[0]["step"] == 120
+    assert runlog.read(tmp_path / "r", "end")[0]["step"] == 60
 
 
 def test_wrong_launches_are_refused_with_the_way_out(command, image_folder):

@@ -72,3 +72,10 @@ def test_a_plan_counts_what_is_left():
 def test_random_images_cannot_be_held_out():
     with pytest.raises(UserError, match="data.hold_out takes images from a folder"):
         load_config(overrides={"data.kind": "synthetic", "data.hold_out": 0.1})
+
+
+@pytest.mark.parametrize("kind", ["digits", "synthetic"])
+def test_a_folder_that_would_not_be_read_is_refused_from_python_too(kind):
+    config = load_config("quickstart", overrides={"data.kind": kind, "data.path": "my/images"})
+    with pytest.raises(UserError, match="data.path my/images would not be read: that takes --data.kind folder"):
+        inputs.open_sets(config, LocalComm())
