@@ -36,7 +36,7 @@ install: $(VENV)/.simd  ## set up the environment: packages, Horovod, pillow-sim
 train: install  ## train on real images with NP ranks, from nothing to top-1 in minutes
 	horovodrun -np $(NP) python -m dist_lars.train --preset quickstart $(ARGS)
 
-test: install  ## run every test: one process, real MPI, the user's own commands
+test: install  ## run the tests: one process, real MPI, the user's own commands (those below take longer or want root)
 	python -m pytest --durations=20 --durations-min=5 $(ARGS)
 
 test-cluster: install  ## bring up SLURM and several hosts on this machine, as root, and submit the real templates

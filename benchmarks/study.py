@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> None:
     args, overrides = parse(sys.argv[1:] if argv is None else argv)
     try:
         study = study_grid.load(args.study, "data.path" in overrides, overrides)
-        store = study_store.Store(args.records, study.name)
+        store = study_store.Store(args.records, study.name, shared=args.of > 1)
         if args.list:
             others = {name: line for name, (line, _) in store.elsewhere(study.data).items()}
             print(study_report.to_do(study, others | store.runs()))
@@ -114,6 +114,10 @@ def _pairs(words: list[str], parser: argparse.ArgumentParser) -> list[tuple[str,
     return found
 
 
+def _once(runs: list[study_grid.Run]) -> list[study_grid.Run]:
+    return list({run.id: run for run in runs}.values())
+
+
 class Runner:
     """Threads that each take the next free run, train it in a process and record it."""
 
@@ -173,8 +177,8 @@ class Runner:
         with self.changed:
             while not self.stop and self.started < self.args.max_runs:
                 done = self.store.runs()
-                known = {run.id: run for run in study_grid.runs(self.study, done)}
-                missing = [run for name, run in known.items() if name not in done and name not in self.failed]
+                known = study_grid.runs(self.study, done)
+                missing = [run for run in _once(known) if run.id not in done and run.id not in self.failed]
                 if not missing:
                     return None
                 if self._shared(missing):  # which may open up others
@@ -183,6 +187,8 @@ class Runner:
                     if run.id not in self.mine and self._claim(run):
                         self.started += 1
                         return run
+                if len({run.cell.key for run in known if run.stage == "final"}) == len(study_grid.cells(self.study)):
+                    return None  # others train what is left, and no rate is still to be chosen
                 self.changed.wait(POLL)
             return None
 
@@ -214,6 +220,7 @@ class Runner:
     # --- training it --------------------------------------------------------------------------------------------------
 
     def _train(self, run: study_grid.Run) -> None:
+        study_store.refuse_other_precision(self.store.path, self.store.lines(), self.machine)
         folder = self.work / run.id
         folder.mkdir(exist_ok=True)
         options = {"resume.keep": 1, "guard.hang_seconds": NEVER, **run.options, "name": self.study.name}
@@ -221,10 +228,14 @@ class Runner:
         words = [sys.executable, "-m", "dist_lars.train", "--config", str(self.work / f"{run.id}.yaml")]
         for stale in ("STOP", "status.json"):  # of an earlier process
             (folder / stale).unlink(missing_ok=True)
+        if self.stop:  # it came before there was a folder to tell the run by
+            self._release(run)
+            return
         self._say(run, "starts")
         code, seconds = self._launch([*shlex.split(self.args.launch), *words, "--run_dir", str(folder)], run)
         status = read_status(folder) or {}
-        if code == 0 or str(status.get("reason")).startswith("Diverged"):
+        finished = code == 0 and status.get("state") == "finished"  # launchers that lose a host may end with 0, too
+        if finished or str(status.get("reason")).startswith("Diverged"):
             line = study_store.summary(run, folder, seconds)
             self.recorded += 1
             self.store.add(line, self.machine, study_report.header(self.study))
@@ -235,6 +246,9 @@ class Runner:
         else:
             output = (self.work / f"{run.id}.log").read_text(encoding="utf-8", errors="replace").strip()
             self._set_aside(run.id, f"exit code {code}: {output[-600:]}")
+        self._release(run)
+
+    def _release(self, run: study_grid.Run) -> None:
         with self.changed:
             self.mine.pop(run.id).close()
             self.changed.notify_all()
@@ -250,6 +264,8 @@ class Runner:
             process = subprocess.Popen(
                 words, env=env, stdout=log, stderr=log, stdin=subprocess.DEVNULL, pass_fds=[self.mine[run.id].fileno()]
             )
+            if self.stop:  # it came since we looked
+                self._ask_to_stop(self.stop)
             _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
         told = self.work / run.id / "cpu_seconds"  # a line for each process: a run that was stopped has several

@@ -27,13 +27,18 @@ from dist_lars.errors import UserError
 from dist_lars.plan import Plan, make_plan, planned_images
 
 KEYS = {
-    "name", "title", "data", "base", "on_path", "axes", "where", "select", "final", "report",
+    "name", "title", "data", "note", "base", "on_path", "axes", "where", "select", "final", "report",
 }  # fmt: skip
 REPORT = {"x", "series", "reference", "against"}
 ON_PATH = KEYS & {"base", "axes", "where", "select", "final"}
 # Of a sweep: `epochs` for all cells alike, or their `share` of each cell's own; neither: all of them.
 SELECT = {"hold_out": 0.1, "epochs": None, "share": None, "seeds": [0], "factors": [1.0], "extend": 0}
 FINAL = {"seeds": [1, 2, 3], "options": {}}
+# What `_run` decides, whatever a file or a command says.
+OWN = {
+    "name", "run_dir", "seed", "optim.lr", "log.every_steps", "log.eval_epochs", "log.progress", "log.tensorboard",
+    "log.trust_steps",
+}  # fmt: skip
 Options = dict[str, Any]
 Records = Mapping[str, Mapping[str, Any]]  # by run
 
@@ -45,6 +50,7 @@ class Study:
     name: str
     title: str
     data: str  # which images the records speak of
+    note: str  # what the reader of the report must know
     axes: dict[str, dict[str, Options]]  # axis -> label -> options
     base: Options
     where: list[dict[str, Any]]
@@ -136,6 +142,7 @@ def load(path: Path, path_given: bool = False, overrides: Options | None = None)
         name=raw.get("name", path.stem) + ("-own" if other else ""),
         title=raw.get("title", ""),
         data="the images of --data.path" if other else raw.get("data", ""),
+        note="" if other else " ".join(raw.get("note", "").split()),
         axes={axis: _labels(axis, labels) for axis, labels in raw["axes"].items()},
         base=_options(raw.get("base", {})) | typed_options(overrides or {}),
         where=[_rule(rule, raw["axes"]) for rule in raw.get("where", [])],
@@ -148,6 +155,8 @@ def load(path: Path, path_given: bool = False, overrides: Options | None = None)
     varied = {key for labels in study.axes.values() for own in labels.values() for key in own}
     varied |= {key for rule in study.where for key in rule["set"]}
     for key in overrides or {}:
+        if key in OWN or (key == "data.hold_out" and study.select):
+            raise UserError(f"--{key} is what a study sets for each run: change it in a copy of {path}")
         if key in varied:
             raise UserError(f"--{key} is what cells of the study differ in: change it in a copy of {path}")
     for cell in cells(study):

@@ -27,10 +27,10 @@ Line = dict[str, Any]
 
 
 class Store:
-    """study-NAME.jsonl in a folder."""
+    """study-NAME.jsonl in a folder; `shared`: by jobs on several nodes, for which its file system must have locks."""
 
-    def __init__(self, folder: Path, name: str) -> None:
-        self.folder, self.path = folder, folder / f"study-{name}.jsonl"
+    def __init__(self, folder: Path, name: str, shared: bool = False) -> None:
+        self.folder, self.path, self.shared = folder, folder / f"study-{name}.jsonl", shared
         folder.mkdir(parents=True, exist_ok=True)
 
     def lines(self) -> list[Line]:
@@ -61,9 +61,10 @@ class Store:
     def add(self, run: Line, machine: Line, study: Line) -> None:
         """Add a run, where it was measured and what study it is of, each once."""
         on = _digest(machine)
-        with lock(self.folder / f".{self.path.stem}.lock", wait=True):
+        with lock(self.folder / f".{self.path.stem}.lock", wait=True, needed=self.shared):
             lines = self.lines()
             _refuse_other_images(self.path, lines, run)
+            refuse_other_precision(self.path, lines, machine)
             if not any(line["kind"] == "study" for line in lines):
                 lines.insert(0, {"kind": "study", **study})
             if not any(line["kind"] == "machine" and line["id"] == on for line in lines):
@@ -88,6 +89,16 @@ def _refuse_other_images(path: Path, lines: list[Line], run: Line) -> None:
             raise UserError(
                 f"{path} holds runs on {line['images']} images (training, evaluated), and this one had "
                 f"{run['images']}: other images belong into other records, --records DIR"
+            )
+
+
+def refuse_other_precision(path: Path, lines: list[Line], machine: Line) -> None:
+    """`precision: auto` is another one on another machine, and runs are known by their options."""
+    for line in lines:
+        if line["kind"] == "machine" and line.get("precision") != machine.get("precision"):
+            raise UserError(
+                f"{path} holds runs in {line.get('precision')}, and here they compute in {machine.get('precision')}: "
+                f"they belong into other records, --records DIR"
             )
 
 

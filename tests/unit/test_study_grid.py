@@ -202,6 +202,16 @@ def test_an_option_that_cells_differ_in_is_refused_on_the_command_line(tmp_path)
         study_grid.load(tmp_path / "tiny.yaml", overrides={"optim.name": "lars"})
 
 
+@pytest.mark.parametrize("key", ["seed", "optim.lr", "data.hold_out", "log.trust_steps"])
+def test_an_option_that_the_study_sets_itself_is_refused_on_the_command_line(tmp_path, key):
+    study(tmp_path)
+    with pytest.raises(UserError, match=f"--{key} is what a study sets for each run"):
+        study_grid.load(tmp_path / "tiny.yaml", overrides={key: 1})
+    study(tmp_path, select=None)
+    if key == "data.hold_out":  # without sweeps it is the user's
+        assert study_grid.load(tmp_path / "tiny.yaml", overrides={key: 0.5}).base[key] == 0.5
+
+
 def test_a_study_made_shorter_has_shorter_sweeps(tmp_path):
     study(tmp_path)
     short = study_grid.load(tmp_path / "tiny.yaml", overrides={"epochs": 1})

@@ -7,6 +7,7 @@ import pytest
 from study_tools import TINY, finish, record, study
 
 from benchmarks import study_grid, study_report, study_store
+from benchmarks.record import RECORDS
 from dist_lars.errors import UserError
 
 
@@ -71,7 +72,7 @@ def test_a_run_that_diverged_counts_as_guessing_and_is_told(told):
     assert "| 256 | 5 | 50.10 ± 34.73 (3) | 75.20 ± 0.10 (3) |" in text  # (70.1 + 70.2 + 10) / 3
     row = next(line for line in text.splitlines() if line.startswith("| 256 | SGD") and "99.00" in line)
     assert "99.00 ± 0.00 (2)" in row
-    assert row.split("|")[8].strip() == "1"
+    assert row.split("|")[9].strip() == "1"
 
 
 def test_differences_are_of_the_reference_with_their_interval(told):
@@ -198,7 +199,7 @@ def test_losses_against_the_smallest_batch(tmp_path):
         ("256", "SGD", "64", -20), ("256", "LARS", "64", 0),
     ]  # fmt: skip
     # Four variances of 1 over 3: the error is sqrt(4 / 3), 8 degrees of freedom, t = 2.30600.
-    assert [row[7:9] for row in cells] == [["20.0", "17.34 to 22.66"], ["", ""]]
+    assert [row[7:9] for row in cells] == [["20.00", "17.34 to 22.66"], ["", ""]]
 
 
 def test_a_contrast_of_four_means_is_welch_and_satterthwaite():
@@ -259,6 +260,17 @@ def test_many_writers_lose_nothing(tmp_path):
     assert len(study_store.Store(tmp_path, "x").runs()) == 80
 
 
+def test_another_precision_is_refused(tmp_path):
+    """The option may be `auto` for both, and their ids alike."""
+    wanted = study(tmp_path)
+    store = study_store.Store(tmp_path, "tiny")
+    first, second = (record(run, 50.0) for run in study_grid.runs(wanted, {})[:2])
+    store.add(first, {"precision": "fp32"}, study_report.header(wanted))
+    with pytest.raises(UserError, match="holds runs in fp32, and here they compute in bfloat16.*--records DIR"):
+        store.add(second, {"precision": "bfloat16"}, study_report.header(wanted))
+    assert len(store.runs()) == 1
+
+
 def test_other_images_are_refused(tmp_path):
     store = study_store.Store(tmp_path, "x")
     store.add({"id": "a", "stage": "final", "images": [50_000, 10_000]}, MACHINE, {})
@@ -291,8 +303,16 @@ def test_a_run_that_was_killed_and_went_on_tells_each_epoch_once(tmp_path):
     assert line["options"]["optim.lr"] == run.options["optim.lr"]
 
 
+@pytest.mark.parametrize("path", sorted(RECORDS.glob("study-*.jsonl")), ids=lambda p: p.stem)
+def test_stored_reports_are_those_of_the_stored_records(path):
+    store = study_store.Store(RECORDS, path.stem.removeprefix("study-"))
+    wanted = study_grid.load(RECORDS.parent / f"studies/{path.stem.removeprefix('study-')}.yaml")
+    stored, _, _ = path.with_suffix(".md").read_text().partition("\n\n## Plots")
+    assert stored == study_report.tables(study_report.Results(wanted, store.runs()))
+
+
 def test_stored_studies_are_complete():
-    for path in sorted(study_store.record.RECORDS.glob("study-*.jsonl")):
+    for path in sorted(RECORDS.glob("study-*.jsonl")):
         lines = [json.loads(line) for line in path.read_text().splitlines()]
         assert [line["kind"] for line in lines].count("study") == 1, path.name
         machines = {line["id"]: line for line in lines if line["kind"] == "machine"}

@@ -1,5 +1,7 @@
 """What a study takes up next, without training anything."""
 
+import json
+import subprocess
 import sys
 
 import pytest
@@ -72,3 +74,63 @@ def test_the_seconds_of_a_run_that_went_on_are_those_of_all_its_processes(tmp_pa
     code, both = mine._launch([sys.executable, "-c", "raise SystemExit(3)"], run)
     assert code == 3
     assert both > first > 0
+
+
+def test_a_launcher_that_ends_with_0_has_not_finished_a_run(tmp_path, monkeypatch):
+    """As one that loses a host may: the run keeps its checkpoints, and is no result."""
+    mine = runner(study(tmp_path), tmp_path)
+    run = mine._next()
+
+    def launch(words, run):
+        (mine.work / run.id / "status.json").write_text(json.dumps({"state": "running", "step": 3}))
+        (mine.work / f"{run.id}.log").write_text("a host is gone")
+        return 0, 1.0
+
+    monkeypatch.setattr(mine, "_launch", launch)
+    mine._train(run)
+    assert "a host is gone" in mine.failed[run.id]
+    assert not mine.store.runs()
+    assert (mine.work / run.id).is_dir()
+    assert not mine.mine
+
+
+def test_a_stop_that_comes_between_two_runs_starts_none(tmp_path, monkeypatch):
+    mine = runner(study(tmp_path), tmp_path)
+    run = mine._next()
+    mine._ask_to_stop("SIGTERM")
+    monkeypatch.setattr(mine, "_launch", lambda words, run: pytest.fail("started"))
+    mine._train(run)
+    assert not mine.failed
+    assert not mine.mine
+    assert mine._next() is None
+
+
+def test_a_stop_that_comes_while_a_run_is_started_reaches_it(tmp_path, monkeypatch):
+    mine = runner(study(tmp_path), tmp_path)
+    run = mine._next()
+    (mine.work / run.id).mkdir()
+    real = subprocess.Popen
+
+    def start(*words, **options):
+        mine.stop = "SIGTERM"  # the signal's handler has run before there was a process
+        return real(*words, **options)
+
+    monkeypatch.setattr(subprocess, "Popen", start)
+    wait = f"import os, time\nwhile not os.path.exists({str(mine.work / run.id / 'STOP')!r}): time.sleep(0.01)"
+    code, _ = mine._launch([sys.executable, "-c", wait], run)
+    assert code == 0
+
+
+def test_a_task_ends_when_others_train_all_that_is_left(tmp_path):
+    """Not so while a rate is still to be chosen, for that opens up new runs."""
+    wanted = study(tmp_path, axes={"batch_size": [64], "arm": TINY["axes"]["arm"]})
+    mine = runner(wanted, tmp_path)
+    done = finish(wanted, lambda run: 80 - 10 * abs(run.factor - 1))
+    last = [run for run in done.values() if run["stage"] == "final"][-2:]
+    for line in done.values():
+        if line not in last:
+            line = {k: v for k, v in line.items() if k != "kind"}
+            mine.store.add(line, {"machine": {"cpu": "abacus"}}, study_report.header(wanted))
+    taken = [mine._next() for _ in last]
+    assert {run.id for run in taken} == {line["id"] for line in last}
+    assert runner(wanted, tmp_path)._next() is None
