@@ -20,7 +20,7 @@ setup(
     package_data={"dist_lars": ["*.patch", "presets/*.yaml"]},
     python_requires=">=3.11",
     install_requires=[
-        "torch>=2.4",
+        "torch>=2.6",
         "torchvision",
         "numpy",
         "pillow",

@@ -184,7 +184,8 @@ def score(
     """loss, top1, top5 (percent) and count of a model or a checkpoint (see `checkpoint.load`) on a folder of images.
 
     `path` holds val/CLASS/image.jpg, test/CLASS/image.jpg or CLASS/image.jpg. A checkpoint brings its own image size
-    and class names, and refuses a folder with other classes. Raises `UserError` for what cannot be read.
+    and class names, and refuses a folder with other classes. A module is moved to the device, and stays in the mode,
+    training or not, that it had. Raises `UserError` for what cannot be read.
     """
     if batch < 1 or (workers or 0) < 0:
         raise AgreedError(f"batch is {batch} and workers {workers}, but they must be at least 1 and zero or more")

@@ -96,7 +96,7 @@ def train_step(job: Job, stream: Iterator[Batch], step: int, counts: Counts, clo
         job.scaler.scale(loss / parts).backward()
         counts.add(loss, logits, labels)
     if job.reducer is not None:
-        with clock.communicating():
+        with clock.communicating(job.device):
             job.reducer.finish()
     job.scaler.unscale_(job.optimizer)
     norm = gradient_norm(job.model.parameters())
@@ -140,7 +140,7 @@ def seed_dropout(seed: int, step: int, micro_batch: int) -> None:
 
 
 def to_device(batch: tuple[torch.Tensor, torch.Tensor], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Start the copies; from pinned memory they overlap with computing."""
+    """Start the copies; from pinned memory the host does not wait for them."""
     return batch[0].to(device, non_blocking=True), batch[1].to(device, non_blocking=True)
 
 
@@ -205,19 +205,25 @@ def evaluate(
 
     `left_out`, asked at the end, says how many of this rank's images were not images after all.
     """
-    counts = Counts(device)
+    counts, was_training = Counts(device), model.training
     model.eval()
     with averaged_buffers(model, comm), autocast_to(device, dtype):
         for batch in batches:
             pixels, labels = to_device(batch, device)
             logits = model(as_input(pixels, model))
             counts.add(cross_entropy(logits, labels), logits, labels)
-    model.train()
+    model.train(was_training)
     sums = comm.sum(counts.take() | {"left_out": float(left_out())})
     values = means(sums)
     if values["count"] + sums["left_out"] != expected:
         raise UserError(f"evaluation saw {values['count']} images instead of {expected}: ranks hold different data")
     return values
+
+
+def finish_queued(device: torch.device) -> None:
+    """Wait for what this rank has queued on its GPU; CPUs queue nothing."""
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()
 
 
 class Lap(NamedTuple):
@@ -249,10 +255,12 @@ class Clock:
             yield batch
 
     @contextlib.contextmanager
-    def communicating(self) -> Iterator[None]:
-        """Inside, this rank waits for the others."""
+    def communicating(self, device: torch.device) -> Iterator[None]:
+        """Inside, this rank waits for the others; what it has asked of its GPU before is its own work."""
+        finish_queued(device)
         before = time.perf_counter()
         yield
+        finish_queued(device)  # NCCL makes the GPU wait, not the host
         self.communicated += time.perf_counter() - before
 
     @contextlib.contextmanager

@@ -8,6 +8,8 @@ from torch import nn
 
 from dist_lars.errors import AgreedError
 
+BLOCK = 1 << 20  # elements that a checksum widens to float64 at a time
+
 
 class Diverged(AgreedError):
     """Training has failed in its numbers, on all ranks alike; the text says where and how."""
@@ -55,11 +57,18 @@ def default_bound(classes: int) -> float:
 
 def tensor_sums(tensors: Iterable[torch.Tensor]) -> list[float]:
     """A float64 sum per tensor, weighted by position, so that swapped values show too."""
-    sums = []
-    for t in tensors:
-        flat = t.detach().reshape(-1).double()
-        sums.append((flat * torch.arange(1, 1 + flat.numel(), device=t.device, dtype=torch.float64)).sum())
+    sums = [_weighted_sum(t.detach().reshape(-1)) for t in tensors]
     return torch.stack(sums).tolist() if sums else []
+
+
+def _weighted_sum(flat: torch.Tensor) -> torch.Tensor:
+    """In blocks: in float64 AlexNet's largest layer and its weights would take 900 MB of a GPU that is full."""
+    total = torch.zeros((), device=flat.device, dtype=torch.float64)
+    for start, block in enumerate(flat.split(BLOCK)):
+        first = 1 + start * BLOCK
+        weights = torch.arange(first, first + block.numel(), device=flat.device, dtype=torch.float64)
+        total += (weights * block).sum()
+    return total
 
 
 def first_difference(names: list[str], per_rank: list[list[float]]) -> tuple[list[int], str] | None:

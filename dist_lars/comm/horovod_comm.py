@@ -26,7 +26,8 @@ class HorovodComm:
 
     def sum(self, values: Mapping[str, float]) -> dict[str, float]:
         flat = torch.tensor([float(v) for v in values.values()], dtype=torch.float64)
-        total = self.hvd.allreduce(flat, name="sum." + ".".join(values), op=self.hvd.Sum)
+        name = f"sum.{'.'.join(values)[:60]}.{len(values)}"  # every rank sends it: of thousands of ranks, not all keys
+        total = self.hvd.allreduce(flat, name=name, op=self.hvd.Sum)
         return dict(zip(values, total.tolist(), strict=True))
 
     def sum_later(self, values: list[int]) -> Callable[[], list[int]]:

@@ -4,8 +4,9 @@ FOLDER/shard-000000.tar ...   members 00000042.jpg and 00000042.cls (the label a
 FOLDER/index.npz              where each image lies, its label, and its file's name in the image folder
 FOLDER/shards.json            classes, counts, options, the shards with sizes and SHA-256, what was skipped and why
 
-The number of an image is its place in the sorted image folder, so an epoch's order is the same from both. In the tar
-files the images stand in a fixed random order: whoever streams them from front to back sees all classes.
+The number of an image is its place in the sorted image folder, so an epoch's order is the same from both, unless files
+were left out as broken: then those after them move up. In the tar files the images stand in a fixed random order:
+whoever streams them from front to back sees all classes.
 """
 
 import hashlib

@@ -65,6 +65,14 @@ def test_evaluation_refuses_numbers_that_cannot_be(wrong, image_folder):
         api.evaluate(torch.nn.Flatten(), str(image_folder), **wrong)
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_evaluation_leaves_a_model_in_its_mode(image_folder, training):
+    model = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(3, 3))
+    model.train(training)
+    api.evaluate(model, str(image_folder), workers=0, image_size=8, resize=8)
+    assert model.training is training
+
+
 def test_what_a_result_names_can_be_evaluated(image_folder, tmp_path):
     result = run(tmp_path / "a", **{"data.kind": "folder", "data.path": str(image_folder), "epochs": 1})
     assert result.checkpoint.endswith("checkpoints/latest")

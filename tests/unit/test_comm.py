@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from dist_lars.comm import Backend, LocalComm, averaged_buffers, check_ranks, on_first_rank, pack, start, unpack
+from dist_lars.comm.horovod_comm import HorovodComm
 from dist_lars.comm.torch_comm import slurm_port
 from dist_lars.errors import UserError
 from dist_lars.resources import on_cpu, pick_autocast, pick_device, share_cores
@@ -116,3 +117,24 @@ def test_formats_and_devices_that_cannot_work_are_refused():
     if not torch.cuda.is_available():
         with pytest.raises(UserError, match="torch sees no GPU"):
             pick_device("cuda", 0)
+
+
+def test_the_name_of_a_sum_is_short_however_many_ranks_report():
+    """Every rank sends it to one of them, each time. Stands in for Horovod, to read the name."""
+    names = []
+
+    class Recorded:
+        Sum = None
+
+        @staticmethod
+        def allreduce(flat, name, op):
+            names.append(name)
+            return flat
+
+    comm = object.__new__(HorovodComm)
+    comm.hvd = Recorded
+    for ranks in (1000, 1001):
+        values = {f"busy.{r}": float(r) for r in range(ranks)}
+        assert comm.sum(values) == values
+    assert len(set(names)) == 2
+    assert max(map(len, names)) < 80

@@ -102,3 +102,28 @@ def test_what_ranks_tell_each_other_of_their_buffers_lies_on_no_gpu() -> None:
     capture(engine.Job(**{**vars(job), "comm": Listening()}), Config(), ("a",), Progress(), counts)
     tensors = [value for value in told.values() if isinstance(value, torch.Tensor)]
     assert [t.device.type for t in tensors] == ["cpu"]
+
+
+def test_what_the_gpu_still_computes_is_a_ranks_own_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The host runs ahead of its GPU: without a look at the queue a slow GPU would seem to wait for the others."""
+    now = 0.0
+
+    class Stream:
+        def __init__(self, seconds: list[float]) -> None:
+            self.seconds = seconds
+
+        def synchronize(self) -> None:
+            nonlocal now
+            now += self.seconds.pop(0)
+
+    stream = Stream([5.0, 2.0])  # its own backward, then the sums of all
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    monkeypatch.setattr(engine.time, "perf_counter", lambda: now)
+    clock = engine.Clock()
+    with clock.communicating(CUDA):
+        now += 1.0
+    lap = clock.lap()
+    assert (lap.seconds, lap.communicated) == (8.0, 3.0)
+    with clock.communicating(torch.device("cpu")):
+        now += 1.0
+    assert clock.lap().communicated == 1.0

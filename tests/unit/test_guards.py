@@ -6,7 +6,7 @@ import time
 import pytest
 import torch
 
-from dist_lars import engine, runlog
+from dist_lars import engine, guards, runlog
 from dist_lars.comm import LocalComm
 from dist_lars.config import Config, Guard, Resume
 from dist_lars.ema import Ema
@@ -189,6 +189,14 @@ def test_sums_see_swapped_values_and_tiny_changes():
     assert tensor_sums([a]) == tensor_sums([a.clone()])
     assert tensor_sums([a]) != tensor_sums([swapped])
     assert tensor_sums([a]) != tensor_sums([moved])
+
+
+def test_sums_in_blocks_are_those_of_the_whole(monkeypatch):
+    tensors = [torch.arange(50.0).view(5, 10), torch.ones(7), torch.ones(()), torch.ones(0)]
+    whole = tensor_sums(tensors)
+    assert whole == [sum(i * (i + 1) for i in range(50)), 28.0, 1.0, 0.0]
+    monkeypatch.setattr(guards, "BLOCK", 7)
+    assert tensor_sums(tensors) == whole
 
 
 def test_saves_fall_due_by_the_clock(tmp_path, monkeypatch):

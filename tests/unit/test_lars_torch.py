@@ -1,7 +1,9 @@
 """LARS as a citizen of torch: devices, layouts, dtypes, state, groups, loss scaling, Horovod's rebuild."""
 
 import copy
+import inspect
 import io
+import sys
 import weakref
 from collections.abc import Iterator
 from typing import Any
@@ -316,6 +318,23 @@ def test_rate_may_be_a_tensor(dtype: torch.dtype) -> None:
             train(model, LARS(model.parameters(), lr=lr, **keywords))
             results.append(weights(model))
         torch.testing.assert_close(*results, rtol=1e-6, atol=1e-9)
+
+
+def test_a_debugger_that_looks_at_the_locals_changes_nothing() -> None:
+    """Under Python 3.12 what it reads grows the mapping of a frame's locals."""
+
+    def look(frame: Any, event: str, arg: Any) -> Any:
+        frame.f_locals  # noqa: B018  as coverage and pdb do
+        return look
+
+    before = sys.gettrace()
+    sys.settrace(look)
+    try:
+        opt = LARS([torch.nn.Parameter(torch.ones(2))], lr=0.5)
+    finally:
+        sys.settrace(before)
+    assert opt.defaults["lr"] == 0.5
+    assert set(opt.defaults) <= set(inspect.signature(LARS.__init__).parameters) - {"self", "params"}
 
 
 def test_copied_and_pickled_optimizers_go_on() -> None:
