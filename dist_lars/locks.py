@@ -8,15 +8,16 @@ from typing import IO, Any
 from dist_lars.errors import UserError
 
 
-def lock(path: Path, *, wait: bool = False, needed: bool = False) -> IO[Any]:
+def lock(path: Path, *, wait: bool = False, needed: bool = False, shared: bool = False) -> IO[Any]:
     """Lock a file, made if need be; raises `BlockingIOError` when another process holds it, or waits for that one.
 
+    Any number of processes may hold it as `shared` ones, and no other beside them.
     Some shared file systems have no locks: there a warning is printed, and nothing keeps a second job away; if the lock
     is `needed`, `UserError` is raised.
     """
     file = path.open("w")
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
         file.close()
         raise

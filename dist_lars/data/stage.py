@@ -5,14 +5,18 @@ import os
 import shutil
 import socket
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
+from typing import IO, Any
 
 from dist_lars.data.shards import INDEX, META, read_meta
 from dist_lars.errors import UserError
 from dist_lars.locks import lock
 
+USED = ".used"
 THREADS = 8
 BLOCK = 8 << 20
+_used: dict[str, IO[Any]] = {}  # copy -> this process's lock on it, which says that a job reads from there
 
 
 def stage_name(folder: str) -> str:
@@ -32,13 +36,13 @@ def expand(place: str) -> str:
 def stage(folder: str, target: str) -> int:
     """Copy a packed folder to `target` and return the bytes that had to be copied; 0: an earlier job left it whole.
 
-    A shard gets its name when its SHA-256 is right, shards.json comes last: what has a name is good.
+    A shard gets its name when its SHA-256 is right, shards.json comes last: what has a name is good. Until this process
+    ends, or calls `unstage`, no other job removes the copy.
     """
     meta, place = read_meta(folder), Path(target)
     try:
-        place.mkdir(parents=True, exist_ok=True)
-        # Two jobs on one node: the second waits, and finds the copy.
-        with lock(place / f".lock.{socket.gethostname()}", wait=True):
+        with _alone(place):  # two jobs on one node: the second waits, and finds the copy
+            _used[target] = lock(place / USED, shared=True, wait=True)
             missing = [s for s in meta["shards"] if not _is_there(place / s["name"], s["bytes"])]
             size = sum(s["bytes"] for s in missing)
             free = shutil.disk_usage(place).free
@@ -57,8 +61,25 @@ def stage(folder: str, target: str) -> int:
 
 
 def unstage(target: str) -> None:
-    """Remove a copy."""
-    shutil.rmtree(target, ignore_errors=True)
+    """Remove a copy, unless another job reads from it."""
+    place = Path(target)
+    with _alone(place):
+        if target in _used:
+            _used.pop(target).close()
+        with suppress(BlockingIOError), lock(place / USED):
+            shutil.rmtree(target, ignore_errors=True)
+
+
+def _alone(place: Path) -> IO[Any]:
+    """The lock of a copy's folder, which is made if need be; another job may remove both while this one waits."""
+    path = place / f".lock.{socket.gethostname()}"
+    while True:
+        place.mkdir(parents=True, exist_ok=True)
+        with suppress(FileNotFoundError):
+            held = lock(path, wait=True)
+            if path.exists() and os.path.samestat(os.fstat(held.fileno()), path.stat()):
+                return held
+            held.close()
 
 
 def _is_there(path: Path, size: int) -> bool:

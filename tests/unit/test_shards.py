@@ -1,6 +1,8 @@
 """Packed shards are the image folder by other means: same images, order, result; the webdataset library reads them."""
 
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -155,6 +157,47 @@ def test_staging_copies_once_and_is_found_again(packed, tmp_path):
     assert staging.stage_name(str(target)) == target.name
     staging.unstage(str(target))
     assert not target.exists()
+
+
+STAGE = """
+import sys
+from dist_lars.data import stage
+stage.stage(*sys.argv[1:])
+print("staged", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_copy_that_another_job_reads_is_not_removed(packed, tmp_path):
+    source, target = str(packed / "train"), tmp_path / "copy"
+    words = [sys.executable, "-c", STAGE, source, str(target)]
+    other = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert other.stdout.readline() == "staged\n"
+    staging.stage(source, str(target))
+    staging.unstage(str(target))
+    assert open_index(str(target)).read(5) == open_index(source).read(5)
+    other.kill()
+    other.communicate()
+    staging.unstage(str(target))
+    assert not target.exists()
+
+
+def test_a_job_that_waits_for_a_copy_finds_it_removed_and_makes_its_own(packed, tmp_path, monkeypatch):
+    source, target = str(packed / "train"), tmp_path / "copy"
+    staging.stage(source, str(target))
+    monkeypatch.setattr(staging, "_used", {})  # as another process would have it
+    real, removed = staging.lock, []
+
+    def lock(path, **how):
+        held = real(path, **how)
+        if not removed:  # meanwhile the job that held it has cleaned up
+            removed.append(True)
+            shutil.rmtree(target)
+        return held
+
+    monkeypatch.setattr(staging, "lock", lock)
+    assert staging.stage(source, str(target)) > 0
+    assert open_index(str(target)).read(5) == open_index(source).read(5)
 
 
 def test_staging_verifies(packed, tmp_path):
