@@ -17,7 +17,7 @@ from dist_lars.data.cache import Remembered
 from dist_lars.data.decode import BadImage
 from dist_lars.data.index import free_shared_memory
 from dist_lars.data.order import shard_indices
-from dist_lars.data.process import settle
+from dist_lars.data.process import Worker, settle, start_server
 from dist_lars.errors import UserError
 
 Key = tuple[int, int]  # (epoch, image)
@@ -81,7 +81,9 @@ class Flag:
 
 
 class Workers(ForkServerContext):
-    """The fork server, with such flags."""
+    """The fork server, with such flags and workers that a signal to their rank does not hit."""
+
+    Process = Worker
 
     def Event(self) -> Flag:  # type: ignore[override]  # noqa: N802, D102
         return Flag(self)
@@ -213,6 +215,7 @@ def batches(images: Any, order: TrainOrder | ValOrder, workers: int, pin: bool) 
     context = Workers() if workers else None
     if context:
         context.set_forkserver_preload(PRELOAD)
+        start_server()
     loader: DataLoader = DataLoader(
         Assembly(images),  # type: ignore[arg-type]
         batch_sampler=order,

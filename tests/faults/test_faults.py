@@ -152,8 +152,9 @@ def test_a_signal_to_one_rank(job, tell, untouched, name):
     ],
 )
 def test_a_signal_to_the_launcher(job, tell, untouched, launcher, name, codes, state):
-    """mpirun hands SIGUSR2 on; what a launcher does not hand on still leaves a good checkpoint and no orphans."""
-    asked = job(launcher=launcher).start()
+    """mpirun hands SIGUSR2 on, to all processes of a rank; what a launcher does not hand on still leaves a good
+    checkpoint and no orphans."""
+    asked = job("--data.workers", "1", launcher=launcher).start()
     with asked.held("step [5-9]$") as pid:
         os.kill(asked.process.pid, getattr(signal, name))
         if state == "stopped":

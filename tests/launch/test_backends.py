@@ -54,8 +54,9 @@ def test_a_run_goes_on_with_the_other_backend(command, image_folder, tmp_path, f
 
 @pytest.mark.parametrize("then", ["torch under torchrun", "horovod by MPI"])
 def test_a_signal_saves_under_torchrun_and_the_run_continues_there(command, image_folder, tmp_path, then):
-    """SIGTERM to torchrun reaches every rank, as at the end of a batch job; either backend goes on in the folder."""
-    line = words("torch under torchrun", "--data.path", str(image_folder), "--run_dir", str(tmp_path / "r"))
+    """SIGTERM to torchrun reaches all processes of every rank, as at the end of a batch job; either backend goes on."""
+    options = ("--data.path", str(image_folder), "--run_dir", str(tmp_path / "r"), "--data.workers", "1")
+    line = words("torch under torchrun", *options)
     line[line.index("--epochs") + 1] = "20"
     with (tmp_path / "out.txt").open("w") as out:
         job = subprocess.Popen(line, cwd=tmp_path, env=environment(), stdout=out, stderr=out, start_new_session=True)

@@ -189,6 +189,54 @@ def test_workers_do_not_outlive_a_killed_rank(tmp_path):
         time.sleep(0.1)
 
 
+SIGNALLED = """
+import os, signal
+from dist_lars.data import ValOrder, batches, synthetic_sets
+NAMES = signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2
+def to_all():
+    for name in NAMES:
+        os.killpg(0, name)
+if __name__ == "__main__":
+    for name in NAMES:
+        signal.signal(name, lambda *_: None)
+    images = synthetic_sets(train=100, val=1, classes=2, image_size=16, seed=0).train
+    first, second = (batches(images, ValOrder(range(100), 4), 1, pin=False) for _ in range(2))
+    to_all()
+    stream = iter(first)
+    next(stream)
+    to_all()
+    print(1 + sum(1 for _ in stream), sum(1 for _ in second))
+"""
+
+
+def test_a_signal_to_the_whole_group_is_for_the_rank_alone(tmp_path):
+    """Open MPI 5 and torchrun send it to all processes of a rank: those that load must go on until it has saved."""
+    (tmp_path / "signalled.py").write_text(SIGNALLED)
+    done = run_command([sys.executable, "signalled.py"], 60, cwd=tmp_path)
+    assert done.stdout == "25 25\n"  # and no word of a resource tracker that had to be started again
+
+
+BUSY = """
+import time
+import numpy as np
+from dist_lars.data import ValOrder, batches
+class Slow:
+    on_error, max_skipped, remember = "fail", 0, False
+    def __getitem__(self, key):
+        if key[1]:
+            time.sleep(1000)
+        return np.zeros((2, 2, 3), np.uint8), 0
+if __name__ == "__main__":
+    stream = iter(batches(Slow(), ValOrder(range(4), 1), 1, pin=False))
+    next(stream)
+"""
+
+
+def test_a_busy_worker_does_not_keep_its_rank(tmp_path):
+    (tmp_path / "busy.py").write_text(BUSY)
+    assert run_command([sys.executable, "busy.py"], 60, cwd=tmp_path).returncode == 0
+
+
 class Threads:
     """Images whose label is the number of threads that they are made with."""
 
