@@ -7,6 +7,7 @@ Keys are spelled with underscores; on the command line a dash is accepted for an
 import argparse
 import difflib
 import functools
+import socket
 import sys
 import time
 from importlib import resources
@@ -18,9 +19,10 @@ import yaml
 
 from dist_lars.config import LEAVES, Config, flat_yaml, from_flat, plain, unknown
 from dist_lars.errors import UserError
-from dist_lars.launchers import is_first_process
+from dist_lars.launchers import is_first_process, rank_of
 
 DEFAULT_PRESET = "resnet18_8k"
+LAST_WORD = 5.0  # seconds that other ranks leave to the first one, and to the launcher
 
 
 def preset_names() -> list[str]:
@@ -192,9 +194,14 @@ def _wanted(key: str) -> str:
 
 
 def fail(error: UserError) -> NoReturn:
-    """Print the text once for the whole job and leave with exit code 2, as argument parsers do."""
-    if is_first_process():
-        print(f"error: {error}", file=sys.stderr, flush=True)
-    else:
-        time.sleep(2)  # launchers kill everyone at the first exit: let the first process speak
+    """Print the text and leave with exit code 2, as argument parsers do; once for a job whose ranks all fail alike.
+
+    The first process speaks at once, and launchers end all ranks at the first exit. Another one that is still there
+    after a while is alone with its error: the first one waits for it somewhere, and cannot know.
+    """
+    who = ""
+    if not is_first_process():
+        time.sleep(LAST_WORD)
+        who = f" (rank {rank_of()} on {socket.gethostname()})"
+    print(f"error: {error}{who}", file=sys.stderr, flush=True)
     raise SystemExit(2)

@@ -101,5 +101,15 @@ def _numbers(text: str) -> list[str]:
 
 def is_first_process(environment: Mapping[str, str] = os.environ) -> bool:
     """True unless the environment says that this is another rank than 0: messages are printed once."""
+    return all(rank == "0" for rank in _ranks(environment))
+
+
+def rank_of(environment: Mapping[str, str] = os.environ) -> str:
+    """Which rank this process is, for people: "0" for a process started alone."""
+    return next(iter(_ranks(environment)), "0")
+
+
+def _ranks(environment: Mapping[str, str]) -> list[str]:
+    """What each launcher says, the innermost first."""
     marks = {v.mark: v.rank for v in LAUNCHERS.values()} | {"PMIX_RANK": "PMIX_RANK", "PMI_RANK": "PMI_RANK"}
-    return all(environment.get(rank, "0") == "0" for mark, rank in marks.items() if environment.get(mark))
+    return [environment.get(rank, "0") for mark, rank in marks.items() if environment.get(mark)]

@@ -197,6 +197,9 @@ MUTANTS = [
     Mutant("dist_lars/data/stage.py", "if size > 0.98 * free:", "if False:", "tests/unit/test_shards.py::test_staging_checks_the_room_before"),
     Mutant("dist_lars/data/shards.py", 'if size != shard["bytes"]:', "if size is None:", "tests/unit/test_shards.py::test_missing_and_short_shards_are_named"),
     Mutant("dist_lars/resources.py", "max(1, min(share, int(told)) if told else share)", "max(1, int(told) if told else share)", "tests/unit/test_resources.py::test_cores_per_rank"),
+    # Errors: told once, and told at all.
+    Mutant("dist_lars/cli.py", "        time.sleep(LAST_WORD)\n", "        raise SystemExit(2)\n", "tests/launch/test_failure.py::test_what_is_wrong_with_another_rank_alone_is_told"),
+    Mutant("dist_lars/cli.py", "        time.sleep(LAST_WORD)\n", "", "tests/launch/test_train.py::test_no_data_says_so_soon"),
     # Studies.
     Mutant(STUDY, "scores.index(max(s for s in scores if s is not None))", "scores.index(scores[-1])", f"{STUDY_GRID}::test_the_best_rate_is_chosen_the_smaller_of_two_and_never_one_that_diverged"),
     Mutant(STUDY, "in (factors[0], factors[-1])", "in (factors[-1],)", f"{STUDY_GRID}::test_a_sweep_extends_downward_where_its_best_is_the_smallest"),

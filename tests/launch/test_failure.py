@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from tests.conftest import CARRIERS, LAUNCHERS, ROOT
+from tests.conftest import CARRIERS, LAUNCHERS, MPIRUN, ROOT, SMALL_RUN
 
 pytestmark = pytest.mark.launch
 WORKER = str(ROOT / "tests" / "launch" / "worker_raise.py")
@@ -30,6 +30,24 @@ def test_one_failing_rank_ends_the_job(command, job, how):
     assert time.monotonic() - before < 30
     assert done.returncode != 0
     assert re.search(message, done.stdout), done.stdout[-3000:]
+
+
+TRAIN = ("python", "-m", "dist_lars.train", *SMALL_RUN)
+
+
+def of_two(command, first: tuple[str, ...], second: tuple[str, ...], **extra: str) -> str:
+    """What a job says whose two ranks are started by different words; it ends, and not by a time-out."""
+    done = command(*MPIRUN, "-np", "1", *first, ":", "-np", "1", *second, timeout=90, **extra)
+    assert done.returncode == 2, done.stdout[-3000:]
+    assert "Traceback" not in done.stdout
+    return done.stdout
+
+
+def test_what_is_wrong_with_another_rank_alone_is_told(command, image_folder):
+    """The first one waits for it in the library that joins them, and can say nothing."""
+    alone = ("env", "-u", "DIST_LARS_DATA", *TRAIN)
+    said = of_two(command, TRAIN, alone, DIST_LARS_DATA=str(image_folder))
+    assert re.search(r"error: no data: name an image folder .*\(rank 1 on \S+\)", said)
 
 
 def test_an_image_that_one_rank_cannot_read_is_named(command, image_folder, tmp_path):

@@ -3,7 +3,15 @@
 import pytest
 
 from dist_lars.errors import UserError
-from dist_lars.launchers import Place, expected_ranks, host_names, is_first_process, place_of, tasks_per_node
+from dist_lars.launchers import (
+    Place,
+    expected_ranks,
+    host_names,
+    is_first_process,
+    place_of,
+    rank_of,
+    tasks_per_node,
+)
 
 TORCHRUN = {"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": "8", "RANK": "5", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
 MPIRUN = {"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_LOCAL_RANK": "1",
@@ -98,3 +106,11 @@ def test_a_node_list_written_out(nodes, names):
 )
 def test_one_process_speaks(environment, first):
     assert is_first_process(environment) == first
+
+
+@pytest.mark.parametrize(
+    ("environment", "rank"),
+    [({}, "0"), (TORCHRUN | SRUN, "5"), (MPIRUN | BATCH_STEP, "3"), (SRUN, "4"), ({"PMIX_RANK": "1"}, "1")],
+)
+def test_the_rank_that_a_message_names(environment, rank):
+    assert rank_of(environment) == rank
