@@ -3,6 +3,7 @@
 import socket
 import time
 from collections.abc import Iterable, Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -57,6 +58,7 @@ class Run:
         self.watchdog = Watchdog(self.comm.rank, stacks, config.guard.hang_seconds, self._failed)
         self.supervisor = Supervisor(config, job, run_dir, len(sets.classes))
         self.scores: dict[str, float] = {}
+        self.started = ""  # when rank 0 said so: what the statuses of this job have in common
 
     @property
     def lr_factor(self) -> float:
@@ -274,7 +276,7 @@ class Run:
 
     def _write_status(self, state: str, patient: bool, **facts: Any) -> None:
         try:
-            write_status(self.run_dir, state, **facts)
+            write_status(self.run_dir, state, self.started, **facts)
         except OSError as e:
             if not patient:
                 raise
@@ -289,6 +291,7 @@ class Run:
             f"and {self.workers} loader workers per rank\n"
             f"  writes to: {self.run_dir}" + f"\n  continues at step {start:,}" * bool(start)
         )
+        self.started = self.comm.broadcast(datetime.now(UTC).isoformat(), "started")
         hosts = self.log.hosts = self.comm.gather(socket.gethostname(), "hosts")
         facts = {
             "classes": len(self.sets.classes),

@@ -4,7 +4,9 @@
 """
 
 import contextlib
+import io
 import json
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -20,15 +22,33 @@ LINES, BOARD = "log.jsonl", "TensorBoard's file"
 
 def read(run_dir: str | Path, kind: str | None = None) -> list[dict[str, Any]]:
     """The lines of RUN_DIR/log.jsonl, oldest first, those of one kind if it is given (start, train, eval, end)."""
-    text = (Path(run_dir) / "log.jsonl").read_text(encoding="utf-8")
-    lines = [json.loads(line) for line in text.splitlines() if line.endswith("}")]  # a killed job may leave half a line
-    return [line for line in lines if kind in (None, line["kind"])]
+    text = (Path(run_dir) / LINES).read_text(encoding="utf-8", errors="replace")
+    return [line for line in _whole(text) if kind in (None, line["kind"])]
 
 
-def write_status(run_dir: str | Path, state: str, **facts: Any) -> None:
-    """RUN_DIR/status.json: running, finished, stopped or failed, with step, reason and time."""
-    content = {"state": state, **facts, "time": _now()}
-    write_aside(Path(run_dir) / "status.json", json.dumps(content, indent=1).encode())
+def _whole(text: str) -> Iterator[dict[str, Any]]:
+    """Without the halves of lines that killed jobs and broken disks left, wherever they stand."""
+    for line in text.splitlines():
+        with contextlib.suppress(ValueError):
+            yield json.loads(line)
+
+
+def write_status(run_dir: str | Path, state: str, started: str, **facts: Any) -> None:
+    """RUN_DIR/status.json: running, finished, stopped or failed, with step, reason and time.
+
+    `started` tells jobs apart. The first failure of a job is its last word: what fails after it, fails because of it.
+    """
+    if not _failed(run_dir, started):
+        content = {"state": state, **facts, "started": started, "time": _now()}
+        write_aside(Path(run_dir) / "status.json", json.dumps(content, indent=1).encode())
+
+
+def _failed(run_dir: str | Path, started: str) -> bool:
+    try:
+        last = read_status(run_dir) or {}
+    except (OSError, ValueError):  # a sick disk, or nothing of ours: to be written anew
+        return False
+    return last.get("state") == "failed" and last.get("started") == started
 
 
 def read_status(run_dir: str | Path) -> dict[str, Any] | None:
@@ -50,9 +70,9 @@ class RunLog:
     """
 
     def __init__(self, run_dir: str | Path | None, *, tensorboard: bool, progress: bool, patient: bool = False) -> None:
-        self.file = None if run_dir is None else (Path(run_dir) / "log.jsonl").open("ab", buffering=0)
+        self.file = None if run_dir is None else (Path(run_dir) / LINES).open("a+b", buffering=0)
         self.board = _board(Path(run_dir) / "tensorboard") if run_dir is not None and tensorboard else None
-        self.patient, self.unwritten, self.told = patient, b"", set[str]()
+        self.patient, self.unwritten, self.told = patient, _missing_end(self.file), set[str]()
         self.progress = progress and run_dir is not None
         self.bar: Any = None
         self.hosts: list[str] = []  # of each rank
@@ -128,6 +148,12 @@ class RunLog:
             if resource is not None:
                 with self._patience(BOARD if resource is self.board else LINES):
                     resource.close()
+
+
+def _missing_end(file: io.FileIO | None) -> bytes:
+    """The end of the last line where a job died while it wrote it: it must not take the next line with it."""
+    size = 0 if file is None else file.tell()
+    return b"\n" if file is not None and size and os.pread(file.fileno(), 1, size - 1) != b"\n" else b""
 
 
 def warn(text: str) -> None:

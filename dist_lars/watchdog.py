@@ -59,10 +59,19 @@ class Watchdog:
     def _end(self) -> None:
         where = f"rank {self.rank} on {socket.gethostname()}"
         text = f"{where} made no progress for {self.limit():.0f} s while {self.doing}"
-        with self.stacks.open("w", encoding="utf-8") as file:
-            file.write(text + "\n")
-            file.flush()
-            faulthandler.dump_traceback(file=file, all_threads=True)
-        print(f"error: {text}; stacks of all its threads: {self.stacks}", file=sys.stderr, flush=True)
-        self.tell(text)
-        os._exit(1)
+        try:
+            print(f"error: {text}; stacks of all its threads: {self.stacks}", file=sys.stderr, flush=True)
+            self._dump(text)
+            self.tell(text)
+        finally:
+            os._exit(1)
+
+    def _dump(self, text: str) -> None:
+        try:
+            with self.stacks.open("w", encoding="utf-8") as file:
+                file.write(text + "\n")
+                file.flush()
+                faulthandler.dump_traceback(file=file, all_threads=True)
+        except OSError as e:  # a full disk, or a directory that is gone
+            print(f"error: {self.stacks} could not be written ({e.strerror}):", file=sys.stderr, flush=True)
+            faulthandler.dump_traceback(all_threads=True)

@@ -1,6 +1,7 @@
 """The faults that ranks notice through each other, with torch.distributed in the place of Horovod."""
 
 import os
+import shutil
 import signal
 
 import pytest
@@ -46,3 +47,15 @@ def test_a_rank_that_hangs_is_named(job, tell):
     assert "in hang" in (hung.run_dir / "stacks-rank1.txt").read_text()
     assert not hung.orphans()
     tell("torch, torchrun: rank 1 sleeps in its step", "watchdog: names the line that hangs", hung.seconds, 1)
+
+
+def test_the_cause_is_not_lost_in_what_follows_from_it(job, tell, fault_images, tmp_path):
+    """The other rank loses its connection before torchrun ends it, and would say so."""
+    images = tmp_path / "images"
+    shutil.copytree(fault_images, images)
+    (images / "train" / "class1" / "031.jpg").write_bytes(b"not an image")
+    broken = job(*TORCH, launcher="torchrun", images=images).start()
+    assert broken.wait() != 0
+    assert broken.status()["state"] == "failed"
+    assert "class1/031.jpg" in broken.status()["reason"]
+    tell("torch, torchrun: an image that cannot be decoded", "the status names the file", broken.seconds)

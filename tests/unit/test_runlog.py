@@ -1,5 +1,7 @@
 """The run log on a disk that is full."""
 
+import io
+
 import pytest
 
 from dist_lars import runlog
@@ -29,9 +31,52 @@ def test_a_patient_log_keeps_its_lines_until_there_is_room(tmp_path, capsys):
     assert [line["step"] for line in runlog.read(tmp_path)] == [1, 2, 3]
 
 
+def test_a_line_that_is_taken_in_parts_is_written_whole(tmp_path):
+    """As a disk does that is just filling up."""
+
+    class Short(io.FileIO):
+        def write(self, data):
+            return super().write(data[:5])
+
+    log = RunLog(tmp_path, tensorboard=False, progress=False)
+    log.file = Short(tmp_path / "log.jsonl", "ab")
+    log.line("train", step=1)
+    assert [line["step"] for line in runlog.read(tmp_path)] == [1]
+
+
 def test_half_a_line_is_passed_over(tmp_path):
     (tmp_path / "log.jsonl").write_text('{"kind": "train", "step": 1}\n{"kind": "tra')
     assert [line["step"] for line in runlog.read(tmp_path)] == [1]
+
+
+@pytest.mark.parametrize(
+    "left", [b'{"kind": "tra', b"\0\0\0", b'{"kind": "train", "step": 9', b"\xff\n", b'{"kind": "start", "plan": {}']
+)
+def test_what_a_killed_job_left_costs_no_line_of_the_next(tmp_path, left):
+    """Half a line stays in the middle of the log for ever."""
+    whole = b'{"kind": "train", "step": 1}\n'
+    (tmp_path / "log.jsonl").write_bytes(whole + left)
+    for step in (2, 3):
+        log = RunLog(tmp_path, tensorboard=False, progress=False)
+        log.line("train", step=step)
+        log.close()
+    assert [line["step"] for line in runlog.read(tmp_path)] == [1, 2, 3]
+    assert (tmp_path / "log.jsonl").read_bytes().startswith(whole + left)
+    assert b"\n\n" not in (tmp_path / "log.jsonl").read_bytes()
+
+
+def test_the_first_failure_of_a_job_is_its_last_word(tmp_path):
+    """The other ranks fail, too, when their connections close, or rank 0 has just saved: neither is the cause."""
+    (tmp_path / "status.json").write_bytes(b"\0\0")  # of a host that lost its power
+    for started in ("one", "two"):
+        runlog.write_status(tmp_path, "running", started, step=1)
+        runlog.write_status(tmp_path, "failed", started, rank=3, reason="cannot read image X")
+        runlog.write_status(tmp_path, "failed", started, rank=0, reason="connection closed by peer")
+        runlog.write_status(tmp_path, "running", started, step=2)
+        status = runlog.read_status(tmp_path)
+        assert (status["state"], status["rank"], status["reason"]) == ("failed", 3, "cannot read image X")
+    runlog.write_status(tmp_path, "finished", "three", step=3)
+    assert runlog.read_status(tmp_path)["state"] == "finished"
 
 
 def test_waiting_for_data_is_told_once_per_spell(tmp_path, capsys):

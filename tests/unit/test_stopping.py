@@ -87,14 +87,14 @@ stuck_here()
 """
 
 
-def watched(tmp_path, how):
+def watched(stacks, how):
     begun = time.monotonic()
-    words = [sys.executable, "-c", WATCHED, str(tmp_path / "stacks"), how]
+    words = [sys.executable, "-c", WATCHED, str(stacks), how]
     return subprocess.run(words, capture_output=True, text=True, timeout=40), time.monotonic() - begun
 
 
 def test_a_stuck_rank_dumps_its_stacks_and_ends(tmp_path):
-    done, seconds = watched(tmp_path, "hang")
+    done, seconds = watched(tmp_path / "stacks", "hang")
     assert done.stdout == "alive\n"
     assert done.returncode == 1
     assert seconds < 15
@@ -104,8 +104,17 @@ def test_a_stuck_rank_dumps_its_stacks_and_ends(tmp_path):
     assert "no progress" in (tmp_path / "stacks.told").read_text()
 
 
+def test_a_stuck_rank_ends_with_its_message_where_nothing_can_be_written(tmp_path):
+    done, seconds = watched(tmp_path / "gone" / "stacks", "hang")
+    assert done.returncode == 1
+    assert seconds < 15  # not by the backstop, which has no words
+    assert "error: rank 3 on " in done.stderr
+    assert "made no progress for 1 s while step 3" in done.stderr
+    assert "most recent call first" in done.stderr  # the stacks, where they can be read at all
+
+
 def test_a_watchdog_that_was_stopped_ends_nothing(tmp_path):
-    done, _ = watched(tmp_path, "stop")
+    done, _ = watched(tmp_path / "stacks", "stop")
     assert (done.returncode, done.stderr) == (0, "")
 
 
