@@ -24,7 +24,7 @@ from dist_lars.errors import AgreedError, UserError
 from dist_lars.plan import Plan, make_plan
 from dist_lars.resources import cores_per_rank, on_cpu, pick_autocast, pick_device, use_cores
 from dist_lars.run import Result, Run
-from dist_lars.rundir import open_run_dir, resume_path
+from dist_lars.rundir import open_run_dir, resume_path, write_config
 
 WIRE = {"fp32": None, "fp16": torch.float16, "bf16": torch.bfloat16}  # None: as the gradients are
 
@@ -65,6 +65,7 @@ def train(config: Config, comm: Comm | None = None) -> Result:
         job = make_job(config, comm, plan, len(sets.classes), device, autocast)
     run = Run(config, job, sets, run_dir, workers)
     _resume(run, config, run_dir)
+    ranks.on_first_rank(comm, lambda: write_config(config, run_dir), "config.yaml")
     ranks.sync_parameters(job.model, comm)
     run.supervisor.compare_replicas(run.progress.step)
     result = run.go()

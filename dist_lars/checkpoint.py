@@ -112,11 +112,8 @@ def newest_good(run_dir: Path) -> tuple[Path | None, list[Path]]:
     return None, damaged
 
 
-def load(path: str | Path) -> dict[str, Any]:
-    """The saved state, on the CPU; raises `UserError` for what is not a whole checkpoint of ours.
-
-    `path` is a .pt file, a run directory (its latest), or RUN_DIR/checkpoints/latest or best.
-    """
+def file_of(path: str | Path) -> Path:
+    """The .pt file that a path means: itself, a run directory's latest, or RUN_DIR/checkpoints/latest or best."""
     path = Path(path)
     if path.is_dir():
         found = find(path)
@@ -127,6 +124,15 @@ def load(path: str | Path) -> dict[str, Any]:
         path = pointed_at(path.parent, path.name) or path
     if not path.is_file():
         raise UserError(f"checkpoint {path} does not exist")
+    return path
+
+
+def load(path: str | Path) -> dict[str, Any]:
+    """The saved state, on the CPU; raises `UserError` for what is not a whole checkpoint of ours.
+
+    `path` is what `file_of` takes.
+    """
+    path = file_of(path)
     try:
         data = path.read_bytes()
     except OSError as e:

@@ -13,16 +13,27 @@ from dist_lars.runlog import LINES
 
 
 def open_run_dir(config: Config) -> tuple[Path, IO[Any]]:
-    """Make the run's directory, lock it and write config.yaml there; (directory, lock to keep open)."""
+    """Make the run's directory, lock it and refuse another run's; (directory, lock to keep open)."""
     run_dir = Path(config.run_dir or f"runs/{config.name}-{time.strftime('%Y%m%d-%H%M%S')}")
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         held = lock_run_dir(run_dir)
         _refuse_another_run(config, run_dir)
+    except OSError as e:
+        raise _unwritable(run_dir, e) from e
+    return run_dir, held
+
+
+def write_config(config: Config, run_dir: Path) -> None:
+    """RUN_DIR/config.yaml: from now on this is the run. Not before its checkpoint is known to fit these options."""
+    try:
         checkpoint.write_aside(run_dir / "config.yaml", to_yaml(config).encode())
     except OSError as e:
-        raise UserError(f"cannot write to run directory {run_dir}: {e.strerror}") from e
-    return run_dir, held
+        raise _unwritable(run_dir, e) from e
+
+
+def _unwritable(run_dir: Path, error: OSError) -> UserError:
+    return UserError(f"cannot write to run directory {run_dir}: {error.strerror}")
 
 
 def lock_run_dir(run_dir: Path) -> IO[Any]:
@@ -59,14 +70,17 @@ def _begun(run_dir: Path) -> bool:
 
 
 def resume_path(config: Config, run_dir: Path) -> tuple[str | None, list[str]]:
-    """(the checkpoint to continue from, as `--resume.from` says, None for a fresh start; damaged ones passed over)."""
+    """(the checkpoint to continue from, as `--resume.from` says, None for a fresh start; damaged ones passed over).
+
+    It is a file, for a pointer of a run that still saves may name another one a moment later.
+    """
     if config.resume.start == "never":
         return None, []
     own, damaged = checkpoint.newest_good(run_dir)  # a run begun from a checkpoint goes on where it stopped itself
     passed_over = [str(path) for path in damaged]
     if own is not None or config.resume.start == "auto":
         return (str(own) if own else None), passed_over
-    return config.resume.start, passed_over
+    return str(checkpoint.file_of(config.resume.start)), passed_over
 
 
 def some(lines: list[str]) -> str:

@@ -17,6 +17,8 @@ from dist_lars.errors import UserError
 from dist_lars.metrics import Counts
 from dist_lars.rundir import keys, some
 
+FORMATS = {None: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}  # of forward and backward, as `precision` says
+
 
 @dataclass
 class Progress:
@@ -42,6 +44,7 @@ def capture(job: Job, config: Config, classes: tuple[str, ...], progress: Progre
         "classes": list(classes),
         "config": plain(as_flat(config)),
         "plan": plain(job.plan.as_dict()),
+        "precision": FORMATS[job.autocast],
         "versions": versions(),
     }
     if job.ema is not None:
@@ -67,14 +70,19 @@ def restore(
     Every rank gets its own BatchNorm buffers and partial sums back at the same number of ranks; at another, the mean
     of the buffers, and rank 0 the sum of the sums.
     """
-    different = differences(state["config"], as_flat(config))
+    different = differences(*_found(job, state, config))
     if different:
         raise UserError(
-            f"{origin} is of a run with other options ({some(different)}); give the same ones, or allow the "
-            f"difference: --resume.allow '[{keys(different)}]'"
+            f"{origin} is of a run with other options, images or numbers ({some(different)}); give the same ones, "
+            f"or allow the difference: --resume.allow '[{keys(different)}]'"
         )
     if tuple(state["classes"]) != classes:
         raise UserError(f"{origin} was trained on other classes than those of the data")
+    if unfit := _unfit(job.optimizer, state, config):
+        raise UserError(
+            f"{origin} cannot be continued with {unfit}; give the options that it was trained with, or begin a new run "
+            f"from its weights: --model.weights {origin} and another --run_dir"
+        )
     same_size, rank = len(state["buffers"]) == job.comm.size, job.comm.rank
     _load(job.model, state["model"], state["buffers"][rank] if same_size else None, origin)
     if job.ema is not None:
@@ -82,11 +90,42 @@ def restore(
             # A run that kept no average until now begins with its weights.
             average, buffers = state.get("ema", state["model"]), state.get("ema_buffers", state["buffers"])
             _load(job.model, average, buffers[rank] if same_size else None, origin)
-    job.optimizer.load_state_dict(state["optimizer"])
-    job.scaler.load_state_dict(state["scaler"])
+    _load_optimizer(job.optimizer, state["optimizer"])
+    if state["scaler"]:  # empty of a run without loss scaling
+        job.scaler.load_state_dict(state["scaler"])
     sums = torch.tensor(state["partial"], dtype=torch.float64)
     counts.sums.copy_(sums[rank] if same_size else sums.sum(0) * (rank == 0))
     return Progress(step=state["step"], **state["counters"])
+
+
+def _found(job: Job, state: dict[str, Any], config: Config) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The options of the saved run and of this one; images as they were counted, the number format as it was chosen."""
+    old, new = dict(state["config"]), as_flat(config)
+    old["data.train_images"], new["data.train_images"] = state["plan"]["train_images"], job.plan.train_images
+    if "precision" in state:  # older checkpoints know what was asked for, only
+        old["precision"], new["precision"] = state["precision"], FORMATS[job.autocast]
+    return old, new
+
+
+def _unfit(optimizer: torch.optim.Optimizer, state: dict[str, Any], config: Config) -> str | None:
+    """Which difference, even if it is allowed, leaves the saved momentum without a meaning."""
+    options, saved = state["config"], state["optimizer"]["param_groups"]
+    if options["optim.name"] != config.optim.name:
+        return f"optim.name {options['optim.name']} -> {config.optim.name}"
+    if [group.get("param_names") for group in saved] != [group.get("param_names") for group in optimizer.param_groups]:
+        return "other groups of parameters (optim.exclude_from_*, optim.bias_lr_scale)"
+    placements = [{group.get("lr_placement") for group in groups} for groups in (saved, optimizer.param_groups)]
+    if placements[0] != placements[1]:
+        return f"optim.law {options['optim.law']} -> {config.optim.law}: one has the learning rate inside the momentum"
+    return None
+
+
+def _load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
+    """The saved state under this run's own settings, which load_state_dict would replace; only the rate is state."""
+    settings = [{k: v for k, v in group.items() if k not in ("params", "lr")} for group in optimizer.param_groups]
+    optimizer.load_state_dict(saved)
+    for group, own in zip(optimizer.param_groups, settings, strict=True):
+        group.update(own)
 
 
 def _load(model: nn.Module, weights: dict[str, torch.Tensor], own: torch.Tensor | None, origin: str) -> None:

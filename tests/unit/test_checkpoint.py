@@ -11,7 +11,7 @@ import torch
 from dist_lars import checkpoint
 from dist_lars.config import Config
 from dist_lars.errors import UserError
-from dist_lars.rundir import open_run_dir
+from dist_lars.rundir import open_run_dir, write_config
 
 
 def save(folder, step, best=False, keep=2, **more):
@@ -36,7 +36,9 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_is_a_run(tmp_path):
     """Its log would have lines of two runs."""
     first = Config(run_dir=str(tmp_path))
     open_run_dir(first)[1].close()
+    write_config(first, tmp_path)
     open_run_dir(replace(first, seed=1))[1].close()  # nothing was done there yet
+    write_config(replace(first, seed=1), tmp_path)
     (tmp_path / "log.jsonl").write_text('{"kind": "start"}\n')
     with pytest.raises(UserError, match="holds another run .seed: 1 -> 0."):
         open_run_dir(first)
