@@ -131,7 +131,7 @@ class Schedule:
 class Resume:
     start: str = option("auto", "auto: the newest checkpoint of run_dir if there is one; never; or a path", key="from")
     allow: tuple[str, ...] = option((), "options that may differ from those of the run that is continued")
-    save_epochs: int = option(1, "save a checkpoint after every so many epochs (and at the end)")
+    save_epochs: int = option(1, "save after every so many epochs (and at the end); the best is one that was saved")
     save_steps: int | None = option(None, "save after every so many steps, too")
     save_minutes: float | None = option(None, "save after every so many minutes, too")
     keep: int = option(3, "newest checkpoints to keep, beside the best")

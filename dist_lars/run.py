@@ -119,8 +119,10 @@ class Run:
         stop, save = self.supervisor.agreed()
         self._check(step, norm)
         every = self.config.resume.save_steps
-        saved = step % self.plan.steps_per_epoch == 0 and self._end_of_epoch(step)
-        if not saved and (stop or save or (every and step % every == 0)):
+        save = save or stop or bool(every and step % every == 0)
+        if step % self.plan.steps_per_epoch == 0:
+            self._end_of_epoch(step, save)
+        elif save:
             self._save(best=False)
         if stop and step < self.plan.total_steps:
             raise self.supervisor.stopped(step)
@@ -155,16 +157,15 @@ class Run:
         self.log.say(f"{reason}: back to step {self.progress.step:,} with {factor:g} of the learning rate")
         self.log.line("rollback", step=self.progress.step, reason=reason, lr_factor=factor)
 
-    def _end_of_epoch(self, step: int) -> bool:
-        """Evaluate and save when it is time; whether it was saved."""
+    def _end_of_epoch(self, step: int, save: bool) -> None:
+        """Evaluate when it is time; save then, or when something else asks for it."""
         epoch, last = step // self.plan.steps_per_epoch, step == self.plan.total_steps
         evaluate = last or epoch % self.config.log.eval_epochs == 0
-        save = last or epoch % self.config.resume.save_epochs == 0
-        best = evaluate and self._evaluate(step)
+        save = save or last or epoch % self.config.resume.save_epochs == 0
+        best = evaluate and self._evaluate(step, save)
         if save:
             self._save(best)
         self._say_skipped(step)
-        return save
 
     def _say_skipped(self, step: int) -> None:
         """Put the files that were no images, of all ranks, into the log, each once."""
@@ -180,7 +181,8 @@ class Run:
 
     # --- evaluating and saving ----------------------------------------------------------------------------------------
 
-    def _evaluate(self, step: int) -> bool:
+    def _evaluate(self, step: int, saved: bool) -> bool:
+        """Evaluate and tell; whether these weights, which are then `saved` or not, are the best so far (rank 0)."""
         job, epoch, began = self.job, step // self.plan.steps_per_epoch, time.monotonic()
         with engine.evaluated_weights(job):
             batches = self._watched(self.val_batches, "evaluating")
@@ -190,7 +192,8 @@ class Run:
             )  # fmt: skip
         self.supervisor.evaluated(time.monotonic() - began)
         best = self.comm.rank == 0 and self.scores["top1"] > best_top1(self.run_dir, before=step)
-        self.log.line("eval", step=step, epoch=epoch, weights="last" if job.ema is None else "averaged", **self.scores)
+        weights = "last" if job.ema is None else "averaged"
+        self.log.line("eval", step=step, epoch=epoch, weights=weights, saved=saved, **self.scores)
         s = self.scores
         self.log.say(
             f"epoch {epoch}: top-1 {s['top1']:.2f}%, top-5 {s['top5']:.2f}%, loss {s['loss']:.4f} "
@@ -238,7 +241,7 @@ class Run:
 
     def _finish(self) -> Result:
         if not self.scores:  # a run that had already ended: nothing was trained
-            self._evaluate(self.plan.total_steps)
+            self._evaluate(self.plan.total_steps, saved=True)
         self.supervisor.agreed()
         s, total = self.scores, self.plan.total_steps
         best = self.comm.broadcast(best_top1(self.run_dir) if self.comm.rank == 0 else 0.0, "best")
@@ -304,6 +307,11 @@ class Run:
 
 
 def best_top1(run_dir: Path, before: int | None = None) -> float:
-    """The highest top-1 in the log, of evaluations before a step if one is given; -1 without any."""
-    lines = read(run_dir, "eval")
-    return max((line["top1"] for line in lines if before is None or line["step"] < before), default=-1.0)
+    """The highest top-1 in the log of weights that were saved, before a step if one is given; -1 without any."""
+    scores: dict[int, float] = {}
+    for line in read(run_dir):
+        if line["kind"] == "eval" and line.get("saved", True):
+            scores[line["step"]] = line["top1"]
+        elif line["kind"] == "save_error":
+            scores.pop(line["step"], None)
+    return max((top1 for step, top1 in scores.items() if before is None or step < before), default=-1.0)

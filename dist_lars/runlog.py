@@ -118,7 +118,7 @@ class RunLog:
         if self.board is not None and kind in ("train", "eval"):
             with self._patience(BOARD):
                 for name, value in facts.items():
-                    if isinstance(value, int | float) and name not in ("step", "epoch"):
+                    if isinstance(value, int | float) and name not in ("step", "epoch", "saved"):
                         self.board.add_scalar(f"{kind}/{name}", value, facts["step"])
 
     @contextlib.contextmanager

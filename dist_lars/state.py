@@ -73,7 +73,7 @@ def restore(
     different = differences(*_found(job, state, config))
     if different:
         raise UserError(
-            f"{origin} is of a run with other options, images or numbers ({some(different)}); give the same ones, "
+            f"{origin} is of a run with other options or images ({some(different)}); give the same ones, "
             f"or allow the difference: --resume.allow '[{keys(different)}]'"
         )
     if tuple(state["classes"]) != classes:

@@ -197,6 +197,6 @@ def test_a_checkpoint_of_another_model_is_refused(quickstart, command, image_fol
     cache = {"DIST_LARS_CACHE": str(folder / "cache")}
     words = (*TRAIN, "--preset", "quickstart", "--epochs", "3", "--resume.from", path)
     other = command(*words, "--model.name", "resnet34", **cache)
-    assert "is of a run with other options (model.name: resnet18 -> resnet34)" in refusal(other)
+    assert "is of a run with other options or images (model.name: resnet18 -> resnet34)" in refusal(other)
     evaluated = command("python", "-m", "dist_lars.evaluate", "--checkpoint", path, "--data.path", str(image_folder))
     assert "knows 10 classes (0, 1, 2 ...)" in refusal(evaluated)

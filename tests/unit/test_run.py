@@ -1,4 +1,4 @@
-"""What a run leaves behind when it is refused, and what another may continue."""
+"""What a run keeps as its best, what it leaves behind when it is refused, and what another may continue."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -18,10 +18,56 @@ SMALL = {
     "data.classes": 3, "data.workers": 0, "model.name": "cnn_small", "epochs": 1, "batch_size": 8, "micro_batch": 8,
     "schedule.warmup_epochs": 0, "log.tensorboard": False, "log.progress": False,
 }  # fmt: skip
+STEPS = 2  # per epoch
 
 
 def run(folder, **more) -> Result:
     return api.train(load_config(overrides={**SMALL, "run_dir": str(folder), **more}))
+
+
+def best_epoch(folder) -> int:
+    return checkpoint.load(folder / "checkpoints" / "best")["step"] // STEPS
+
+
+@pytest.fixture
+def scored(monkeypatch):
+    """`scored(70, 69)`: what the evaluations will find, one after another."""
+
+    def let(*top1: float) -> None:
+        found = iter([{"loss": 1.0, "top1": value, "top5": 100.0, "count": 8} for value in top1])
+        monkeypatch.setattr(engine, "evaluate", lambda *_, **__: next(found))
+
+    return let
+
+
+def test_the_best_is_a_checkpoint_that_exists(scored, tmp_path):
+    """Only evaluated weights that are saved can be the best: better ones between two saves are gone."""
+    scored(70, 68, 71, 69, 72, 60)
+    result = run(tmp_path, epochs=6, **{"resume.save_epochs": 2, "resume.keep": 1})
+    assert (result.best_top1, best_epoch(tmp_path)) == (69, 4)
+    assert [line["saved"] for line in runlog.read(tmp_path, "eval")] == [False, True] * 3
+    scored(60)
+    assert run(tmp_path, epochs=6, **{"resume.save_epochs": 2, "resume.keep": 1}).best_top1 == 69  # begun again: ended
+
+
+def test_any_reason_to_save_will_do(scored, tmp_path):
+    scored(70, 69, 60)
+    result = run(tmp_path, epochs=3, **{"resume.save_epochs": 100, "resume.save_steps": STEPS})
+    assert (result.best_top1, best_epoch(tmp_path)) == (70, 1)
+
+
+def test_a_best_that_could_not_be_written_is_none(scored, tmp_path, monkeypatch):
+    save = checkpoint.save
+
+    def full(folder, state, **options):
+        if state["step"] == 2 * STEPS:
+            raise OSError(28, "No space left on device")
+        return save(folder, state, **options)
+
+    monkeypatch.setattr(checkpoint, "save", full)
+    scored(50, 70, 69, 60)
+    result = run(tmp_path, epochs=4)
+    assert (result.best_top1, best_epoch(tmp_path)) == (69, 3)
 
 
 def test_what_cannot_be_continued_leaves_the_run_as_it_was(tmp_path):
