@@ -7,8 +7,6 @@ print(api.evaluate(result.run_dir, "path/to/images"))
 """
 
 import dataclasses
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +18,7 @@ from dist_lars import comm as ranks
 from dist_lars.comm import Comm
 from dist_lars.config import Config, as_flat, from_flat
 from dist_lars.ema import Ema
-from dist_lars.errors import AgreedError, UserError
+from dist_lars.errors import UserError
 from dist_lars.plan import Plan, make_plan
 from dist_lars.resources import cores_per_rank, on_cpu, pick_autocast, pick_device, use_cores
 from dist_lars.run import Result, Run
@@ -43,6 +41,7 @@ def train(config: Config, comm: Comm | None = None) -> Result:
     Continues the run in `config.run_dir` if there is one. Raises `UserError` for wrong values, data or launches.
     """
     comm = comm or start_ranks(config)
+    ranks.assert_same(comm, "\n".join(_lines(config)), "the configuration")  # before the ranks go ways that it tells
     device = pick_device(config.device, comm.local_rank)
     autocast = pick_autocast(config.precision, device)
     cores = cores_per_rank(comm)
@@ -50,9 +49,8 @@ def train(config: Config, comm: Comm | None = None) -> Result:
     torch.backends.cudnn.benchmark = not config.comm.deterministic  # all batches have one shape: trying out pays
     torch.manual_seed(config.seed)
     sets = inputs.open_sets(config, comm, cores)
-    with agreed():
-        plan = make_plan(config, comm.size, len(sets.train), len(sets.val))
-    ranks.assert_same(comm, "\n".join([*_lines(config), f"computes in {autocast}", str(plan)]), "the configuration")
+    plan = ranks.on_every_rank(comm, lambda: make_plan(config, comm.size, len(sets.train), len(sets.val)), "plan")
+    ranks.assert_same(comm, f"computes in {autocast}\n{plan}", "the plan")
     locks: list[Any] = []  # rank 0's, held until the run has ended
 
     def own_run_dir() -> str:
@@ -61,8 +59,7 @@ def train(config: Config, comm: Comm | None = None) -> Result:
         return str(run_dir)
 
     run_dir = Path(ranks.on_first_rank(comm, own_run_dir, "run_dir"))
-    with agreed():
-        job = make_job(config, comm, plan, len(sets.classes), device, autocast)
+    job = ranks.on_every_rank(comm, lambda: make_job(config, comm, plan, len(sets.classes), device, autocast), "job")
     run = Run(config, job, sets, run_dir, workers)
     _resume(run, config, run_dir)
     ranks.on_first_rank(comm, lambda: write_config(config, run_dir), "config.yaml")
@@ -90,21 +87,15 @@ def _resume(run: Run, config: Config, run_dir: Path) -> None:
     origin, damaged = ranks.on_first_rank(run.comm, lambda: resume_path(config, run_dir), "resume from")
     for path in damaged:
         run.log.say(f"warning: checkpoint {path} is damaged and passed over")
-    with agreed():
+
+    def read() -> None:
         if origin is not None:
             run.restore(origin)
         elif config.model.weights:
             weights = checkpoint.read_weights(config.model.weights)
             checkpoint.load_weights(run.job.model, weights, config.model.weights)
 
-
-@contextmanager
-def agreed() -> Iterator[None]:
-    """Around what every rank computes or reads alike, and refuses alike."""
-    try:
-        yield
-    except UserError as e:
-        raise AgreedError(str(e)) from e
+    ranks.on_every_rank(run.comm, read, "read weights")
 
 
 def make_job(
@@ -188,21 +179,25 @@ def score(
     and class names, and refuses a folder with other classes. A module is moved to the device, and stays in the mode,
     training or not, that it had. Raises `UserError` for what cannot be read.
     """
-    if batch < 1 or (workers or 0) < 0:
-        raise AgreedError(f"batch is {batch} and workers {workers}, but they must be at least 1 and zero or more")
     comm = comm or ranks.LocalComm()
+    ranks.on_every_rank(comm, lambda: _check_numbers(batch, workers), "numbers")
     place = pick_device(device, comm.local_rank)
     cores, threads = use_cores(cores_per_rank(comm), place, workers)
     index = inputs.open_val(path, comm)
     if isinstance(model, nn.Module):
         net = model
     else:
-        net, image_size, resize = _from_checkpoint(model, index)
+        net, image_size, resize = ranks.on_every_rank(comm, lambda: _from_checkpoint(model, index), "checkpoint")
     net = net.to(device=place, memory_format=torch.channels_last)  # type: ignore[call-overload]
     mine = data.ValOrder(data.validation_range(len(index), comm.rank, comm.size), batch)
     images = data.val_images(index, image_size, resize)
     batches = data.batches(images, mine, cores, pin=place.type == "cuda")
     return engine.evaluate(net, batches, comm, place, pick_autocast(precision, place), len(index))
+
+
+def _check_numbers(batch: int, workers: int | None) -> None:
+    if batch < 1 or (workers or 0) < 0:
+        raise UserError(f"batch is {batch} and workers {workers}, but they must be at least 1 and zero or more")
 
 
 def _from_checkpoint(path: str | Path, index: data.Index) -> tuple[nn.Module, int, int]:

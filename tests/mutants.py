@@ -216,6 +216,10 @@ MUTANTS = [
     # Errors: told once, and told at all.
     Mutant("dist_lars/cli.py", "        time.sleep(LAST_WORD)\n", "        raise SystemExit(2)\n", "tests/launch/test_failure.py::test_what_is_wrong_with_another_rank_alone_is_told"),
     Mutant("dist_lars/cli.py", "        time.sleep(LAST_WORD)\n", "", "tests/launch/test_train.py::test_no_data_says_so_soon"),
+    Mutant(COMM, "        _refuse_together(comm, str(e), name)\n", "", "tests/launch/test_failure.py::test_a_file_that_one_rank_alone_cannot_read_is_told"),
+    Mutant(COMM, "if told and len({s and s[0] for s in said}) == 1:", "if False:", "tests/unit/test_comm.py::test_ranks_that_say_the_same_say_it_once_and_others_are_named"),
+    Mutant("dist_lars/api.py", 'ranks.on_every_rank(run.comm, read, "read weights")', "read()", "tests/launch/test_failure.py::test_a_file_that_one_rank_alone_cannot_read_is_told"),
+    Mutant("dist_lars/api.py", '    ranks.assert_same(comm, "\\n".join(_lines(config)), "the configuration")  #', "    #", "tests/launch/test_failure.py::test_ranks_that_are_started_with_different_batches_are_told"),
     # Studies.
     Mutant(STUDY, "scores.index(max(s for s in scores if s is not None))", "scores.index(scores[-1])", f"{STUDY_GRID}::test_the_best_rate_is_chosen_the_smaller_of_two_and_never_one_that_diverged"),
     Mutant(STUDY, "in (factors[0], factors[-1])", "in (factors[-1],)", f"{STUDY_GRID}::test_a_sweep_extends_downward_where_its_best_is_the_smallest"),

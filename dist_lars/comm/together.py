@@ -4,6 +4,7 @@ Every collective is called by all ranks in the same order; that is what keeps a 
 """
 
 import hashlib
+import socket
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -46,11 +47,29 @@ def patiently(comm: Comm, acts: bool, action: Callable[[], T], name: str) -> T |
             time.sleep(pause)
             pause = min(0.2, 2 * pause)
     error = future.exception() if future else None
-    said = comm.gather(f"{error}" if isinstance(error, UserError) else None, name)
-    told = [f"{text} (on rank {r})" if comm.size > 1 else text for r, text in enumerate(said) if text is not None]
-    if told:
-        raise AgreedError(told[0] + f"; and {len(told) - 1} more ranks failed" * (len(told) > 1))
+    _refuse_together(comm, f"{error}" if isinstance(error, UserError) else None, name)
     return future.result() if future else None
+
+
+def on_every_rank(comm: Comm, action: Callable[[], T], name: str) -> T:
+    """Run `action`, which calls no collective, on all ranks; a `UserError` of any of them is raised on all."""
+    try:
+        result = action()
+    except UserError as e:
+        _refuse_together(comm, str(e), name)
+        raise
+    _refuse_together(comm, None, name)
+    return result
+
+
+def _refuse_together(comm: Comm, text: str | None, name: str) -> None:
+    """Raise on all ranks what any of them has to say, with rank and host unless all say the same."""
+    said = comm.gather(None if text is None else (text, socket.gethostname()), name)
+    told = [f"{s[0]} (on rank {r}, {s[1]})" for r, s in enumerate(said) if s is not None]
+    if told and len({s and s[0] for s in said}) == 1:
+        raise AgreedError(said[0][0])
+    if told:
+        raise AgreedError(told[0] + f"; and {len(told) - 1} more failed" * (len(told) > 1))
 
 
 def assert_same(comm: Comm, text: str, what: str) -> None:

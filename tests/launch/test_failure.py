@@ -5,7 +5,9 @@ import sys
 import time
 
 import pytest
+import torch
 
+from dist_lars.models import build
 from tests.conftest import CARRIERS, LAUNCHERS, MPIRUN, ROOT, SMALL_RUN
 
 pytestmark = pytest.mark.launch
@@ -48,6 +50,23 @@ def test_what_is_wrong_with_another_rank_alone_is_told(command, image_folder):
     alone = ("env", "-u", "DIST_LARS_DATA", *TRAIN)
     said = of_two(command, TRAIN, alone, DIST_LARS_DATA=str(image_folder))
     assert re.search(r"error: no data: name an image folder .*\(rank 1 on \S+\)", said)
+
+
+def test_a_file_that_one_rank_alone_cannot_read_is_told(command, image_folder, tmp_path):
+    for rank in ("0", "1"):
+        (tmp_path / rank).mkdir()
+    torch.save(build("resnet_small", num_classes=3).state_dict(), tmp_path / "0" / "start.pt")
+    words = (*TRAIN, "--data.path", str(image_folder), "--run_dir", str(tmp_path / "r"), "--model.weights", "start.pt")
+    said = of_two(command, ("--wdir", str(tmp_path / "0"), *words), ("--wdir", str(tmp_path / "1"), *words))
+    assert re.search(r"error: model.weights: start.pt does not exist \(on rank 1, \S+\)\n", said)
+    assert said.count("error: ") == 1
+
+
+def test_ranks_that_are_started_with_different_batches_are_told(command, image_folder):
+    """Though one of them is wrong by itself."""
+    words = (*TRAIN, "--data.path", str(image_folder))
+    said = of_two(command, words, (*words, "--batch_size", "6"))
+    assert "the configuration of rank 1 differs from rank 0's: 'batch_size: 8' on rank 0, 'batch_size: 6' on" in said
 
 
 def test_an_image_that_one_rank_cannot_read_is_named(command, image_folder, tmp_path):

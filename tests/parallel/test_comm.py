@@ -1,5 +1,7 @@
 """The collectives and what is built on them, on 1 to 4 real ranks, under each launcher."""
 
+import socket
+
 import pytest
 
 pytestmark = pytest.mark.parallel
@@ -26,7 +28,11 @@ def test_sizes_and_collectives(run):
 
 
 def test_refusals_reach_every_rank(run):
-    for got in run:
+    last = f" (on rank {len(run) - 1}, {socket.gethostname()})" * (len(run) > 1)
+    for r, got in enumerate(run):
+        assert got["every"] == r
+        assert got["alone"] == f"AgreedError: only the last rank looked{last}"
+        assert got["alike"] == "AgreedError: only rank 0 looked"
         assert got["refused"] == "AgreedError: only rank 0 looked"
         assert got["same"] == "none"
         if len(run) > 1:

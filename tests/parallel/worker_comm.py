@@ -47,6 +47,10 @@ def report(comm: ranks.Comm) -> dict[str, Any]:
     def refuse():
         raise UserError("only rank 0 looked")
 
+    def refuse_alone():
+        if r == n - 1:
+            raise UserError("only the last rank looked")
+
     result = {
         "size": n,
         "local": [comm.local_rank, comm.local_size],
@@ -57,6 +61,9 @@ def report(comm: ranks.Comm) -> dict[str, Any]:
         "gather": comm.gather(r * r, "squares"),
         "first": ranks.on_first_rank(comm, lambda: f"rank {comm.rank}", "first"),
         "refused": error_of(lambda: ranks.on_first_rank(comm, refuse, "refuse")),
+        "alone": error_of(lambda: ranks.on_every_rank(comm, refuse_alone, "refuse alone")),
+        "alike": error_of(lambda: ranks.on_every_rank(comm, refuse, "refuse alike")),
+        "every": ranks.on_every_rank(comm, lambda: r, "every"),
         "same": error_of(lambda: ranks.assert_same(comm, "lr: 1\nx: 2", "the configuration")),
         "differs": error_of(lambda: ranks.assert_same(comm, f"lr: 1\nx: {min(r, 1)}", "the configuration")),
         "evaluation": {k: evaluation(comm, k) for k in (10, 11, 13)},

@@ -1,15 +1,27 @@
 """Who counts the ranks, and what happens when the launcher and Horovod disagree."""
 
 import os
+import re
+import socket
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from dist_lars.comm import Backend, LocalComm, averaged_buffers, check_ranks, on_first_rank, pack, start, unpack
+from dist_lars.comm import (
+    Backend,
+    LocalComm,
+    averaged_buffers,
+    check_ranks,
+    on_every_rank,
+    on_first_rank,
+    pack,
+    start,
+    unpack,
+)
 from dist_lars.comm.horovod_comm import HorovodComm
 from dist_lars.comm.torch_comm import slurm_port
-from dist_lars.errors import UserError
+from dist_lars.errors import AgreedError, UserError
 from dist_lars.resources import on_cpu, pick_autocast, pick_device, share_cores
 
 
@@ -60,6 +72,27 @@ def test_an_error_on_the_first_rank_is_everyones():
     with pytest.raises(UserError, match="no such folder"):
         on_first_rank(LocalComm(), refuse, "test")
     assert on_first_rank(LocalComm(), lambda: 3, "test") == 3
+
+
+def test_ranks_that_say_the_same_say_it_once_and_others_are_named():
+    class Four(LocalComm):
+        size, others = 4, None
+
+        def gather(self, value, name):
+            return [value, *(self.others or 3 * [value])]
+
+    def refuse():
+        raise UserError("no such folder")
+
+    four, own = Four(), re.escape(socket.gethostname())
+    assert on_every_rank(four, lambda: 3, "test") == 3
+    with pytest.raises(AgreedError, match="^no such folder$"):
+        on_every_rank(four, refuse, "test")
+    four.others = [None, ("no such file", "n2"), ("no room", "n3")]
+    with pytest.raises(AgreedError, match=rf"^no such folder \(on rank 0, {own}\); and 2 more failed$"):
+        on_every_rank(four, refuse, "test")
+    with pytest.raises(AgreedError, match=r"^no such file \(on rank 2, n2\); and 1 more failed$"):
+        on_every_rank(four, lambda: 3, "test")
 
 
 def test_buffers_are_given_back_even_after_an_error():
