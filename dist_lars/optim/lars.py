@@ -106,7 +106,8 @@ class LARS(EagerOptimizer):
         maximize: bool = False,
     ) -> None:
         given = dict(locals())  # a copy: what a debugger reads changes the original under Python 3.12
-        super().__init__(params, {k: v for k, v in given.items() if k not in ("self", "params", "__class__")})
+        options = {k: v for k, v in given.items() if k not in ("self", "params", "__class__")}
+        super().__init__(params, options)
 
     def add_param_group(self, param_group: Group) -> None:
         """Add a group; what it does not say comes from the constructor's arguments."""
