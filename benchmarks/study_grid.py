@@ -34,7 +34,7 @@ ON_PATH = KEYS & {"base", "axes", "where", "select", "final"}
 # Of a sweep: `epochs` for all cells alike, or their `share` of each cell's own; neither: all of them.
 SELECT = {"hold_out": 0.1, "epochs": None, "share": None, "seeds": [0], "factors": [1.0], "extend": 0}
 FINAL = {"seeds": [1, 2, 3], "options": {}}
-# What `_run` decides, whatever a file or a command says.
+# What is decided for each run, here and by its runner, whatever a command says.
 OWN = {
     "name", "run_dir", "seed", "optim.lr", "log.every_steps", "log.eval_epochs", "log.progress", "log.tensorboard",
     "log.trust_steps",

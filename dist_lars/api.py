@@ -20,11 +20,9 @@ from dist_lars.config import Config, as_flat, from_flat
 from dist_lars.ema import Ema
 from dist_lars.errors import UserError
 from dist_lars.plan import Plan, make_plan
-from dist_lars.resources import cores_per_rank, on_cpu, pick_autocast, pick_device, use_cores
+from dist_lars.resources import FORMATS, cores_per_rank, on_cpu, pick_autocast, pick_device, use_cores
 from dist_lars.run import Result, Run
 from dist_lars.rundir import open_run_dir, resume_path, write_config
-
-WIRE = {"fp32": None, "fp16": torch.float16, "bf16": torch.bfloat16}  # None: as the gradients are
 
 
 class Scores(NamedTuple):
@@ -109,7 +107,7 @@ def make_job(
         model=model,
         optimizer=make_optimizer(config, model, plan.rate.peak),
         comm=comm,
-        reducer=comm.reducer(model.parameters(), config.comm.bucket_mb, WIRE[config.comm.wire]),
+        reducer=comm.reducer(model.parameters(), config.comm.bucket_mb, FORMATS[config.comm.wire]),
         plan=plan,
         device=device,
         autocast=autocast,

@@ -11,6 +11,9 @@ import torch
 from dist_lars.comm import Comm
 from dist_lars.errors import UserError
 
+#: Number formats as options name them; None: float32, or as the tensors are.
+FORMATS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
 
 def on_cpu(wanted: str) -> bool:
     """Whether the option `device` means the CPU here."""
@@ -35,10 +38,14 @@ def pick_autocast(wanted: str, device: torch.device) -> torch.dtype | None:
     """The number format of forward and backward; None is float32 throughout."""
     if wanted == "fp16" and device.type != "cuda":
         raise UserError("precision fp16 needs CUDA (loss scaling); on the CPU use bf16 or fp32")
-    chosen = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
     if wanted == "auto":
         return torch.bfloat16 if has_bf16(device) else None
-    return chosen[wanted]
+    return FORMATS[wanted]
+
+
+def name_of_format(dtype: torch.dtype | None) -> str:
+    """What `precision` calls the format that was picked."""
+    return next(name for name, value in FORMATS.items() if value == dtype)
 
 
 def has_bf16(device: torch.device) -> bool:

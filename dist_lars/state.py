@@ -15,9 +15,8 @@ from dist_lars.continuation import differences
 from dist_lars.engine import Job
 from dist_lars.errors import UserError
 from dist_lars.metrics import Counts
+from dist_lars.resources import name_of_format
 from dist_lars.rundir import keys, some
-
-FORMATS = {None: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}  # of forward and backward, as `precision` says
 
 
 @dataclass
@@ -44,7 +43,7 @@ def capture(job: Job, config: Config, classes: tuple[str, ...], progress: Progre
         "classes": list(classes),
         "config": plain(as_flat(config)),
         "plan": plain(job.plan.as_dict()),
-        "precision": FORMATS[job.autocast],
+        "precision": name_of_format(job.autocast),
         "versions": versions(),
     }
     if job.ema is not None:
@@ -103,7 +102,7 @@ def _found(job: Job, state: dict[str, Any], config: Config) -> tuple[dict[str, A
     old, new = dict(state["config"]), as_flat(config)
     old["data.train_images"], new["data.train_images"] = state["plan"]["train_images"], job.plan.train_images
     if "precision" in state:  # older checkpoints know what was asked for, only
-        old["precision"], new["precision"] = state["precision"], FORMATS[job.autocast]
+        old["precision"], new["precision"] = state["precision"], name_of_format(job.autocast)
     return old, new
 
 

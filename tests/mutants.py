@@ -45,7 +45,6 @@ DOCTOR, SBATCH = "tests/unit/test_doctor_cluster.py", "tests/unit/test_sbatch.py
 MODELS, ALEXNET = "tests/unit/test_models.py", "dist_lars/models/alexnet.py"
 
 MUTANTS = [
-    Mutant("dist_lars/optim/eager.py", "zero_grad = unwrap(Optimizer.zero_grad)", "zero_grad = Optimizer.zero_grad", "tests/unit/test_optim_build.py::test_training_does_not_wait_for_the_import_of_torchs_compiler"),
     # The law.
     Mutant(FOREACH, '== "inside"', '== "outside"', GOLDEN),
     Mutant(FOREACH, '== "norm_of_sum"', '== "sum_of_norms"', GOLDEN),
@@ -70,19 +69,9 @@ MUTANTS = [
     Mutant(FUSED, "        gg += torch", "        gg = torch", "tests/unit/test_lars.py::test_large_layer_in_blocks_equals_the_oracle"),
     Mutant(TENSORS, "tensors[0].is_cpu and dtype == torch.float32", "False", "tests/unit/test_lars.py::test_norms_of_a_large_layer_are_accurate"),
     # A citizen of torch.
+    Mutant("dist_lars/optim/eager.py", "zero_grad = unwrap(Optimizer.zero_grad)", "zero_grad = Optimizer.zero_grad", "tests/unit/test_optim_build.py::test_training_does_not_wait_for_the_import_of_torchs_compiler"),
     Mutant(LARS, 'if group["clip"]:', 'if group["clip"] or not bool((w_norm >= 0).all()):', f"{TORCH}::test_step_on_cuda_reads_nothing_back"),
     Mutant(LAMB, "torch.where((w_norm == 0)", "torch.where((w_norm == 0) | (float(w_norm.sum()) < 0)", f"{TORCH}::test_lamb_on_cuda_reads_nothing_back"),
-    Mutant("dist_lars/data/stage.py", "with suppress(BlockingIOError), lock(place / USED):", "if True:", "tests/unit/test_shards.py::test_a_copy_that_another_job_reads_is_not_removed"),
-    Mutant("dist_lars/data/stage.py", "if path.exists() and os.path.samestat(os.fstat(held.fileno()), path.stat()):", "if True:", "tests/unit/test_shards.py::test_a_job_that_waits_for_a_copy_finds_it_removed_and_makes_its_own"),
-    Mutant(ENGINE, "        finish_queued(device)\n        before", "        before", "tests/unit/test_device.py::test_what_the_gpu_still_computes_is_a_ranks_own_work"),
-    Mutant(ENGINE, "model.train(was_training)", "model.train()", "tests/unit/test_api_weights.py::test_evaluation_leaves_a_model_in_its_mode"),
-    Mutant("dist_lars/guards.py", "first = 1 + start * BLOCK", "first = 1", "tests/unit/test_guards.py::test_sums_in_blocks_are_those_of_the_whole"),
-    Mutant(HOROVOD, "{'.'.join(values)[:60]}", "{'.'.join(values)}", "tests/unit/test_comm.py::test_the_name_of_a_sum_is_short_however_many_ranks_report"),
-    Mutant("benchmarks/study.py", 'code == 0 and status.get("state") == "finished"', "code == 0", "tests/unit/test_study_runner.py::test_a_launcher_that_ends_with_0_has_not_finished_a_run"),
-    Mutant("benchmarks/study.py", "        if self.stop:  # it came before", "        if False:  # it came before", "tests/unit/test_study_runner.py::test_a_stop_that_comes_between_two_runs_starts_none"),
-    Mutant("benchmarks/study.py", "            if self.stop:  # it came since", "            if False:  # it came since", "tests/unit/test_study_runner.py::test_a_stop_that_comes_while_a_run_is_started_reaches_it"),
-    Mutant("benchmarks/study_store.py", 'line["kind"] == "machine" and line.get("precision") != machine.get("precision")', "False", f"{STUDY_REPORT}::test_another_precision_is_refused"),
-    Mutant(STUDY, "if key in OWN or", "if", f"{STUDY_GRID}::test_an_option_that_the_study_sets_itself_is_refused_on_the_command_line"),
     Mutant(LARS, "super().__init__(params, options)", 'super().__init__(params, {**options, "eps": 1e-9})', f"{TORCH}::test_rebuilt_from_its_groups_it_is_the_same"),
     Mutant(LARS, "_step_supports_amp_scaling = True", "_step_supports_amp_scaling = False", f"{TORCH}::test_loss_scale_changes_nothing"),
     Mutant(FOREACH, "    scale.unscale_([g_norm])\n", "", f"{TORCH}::test_loss_scale_changes_nothing"),
@@ -117,6 +106,10 @@ MUTANTS = [
     Mutant("benchmarks/record.py", "np.asarray(values, dtype=np.float64) / np.asarray(base, dtype=np.float64)", "np.asarray(values, dtype=np.float64) / np.median(base)", "tests/unit/test_record.py::test_ratios_are_taken_round_by_round"),
     Mutant("benchmarks/record.py", "and not PRIVATE.search(k)", "", "tests/unit/test_record.py::test_record_is_read_back_and_says_where_it_was_measured"),
     # The trainer.
+    Mutant(ENGINE, "        finish_queued(device)\n        before", "        before", "tests/unit/test_device.py::test_what_the_gpu_still_computes_is_a_ranks_own_work"),
+    Mutant(ENGINE, "model.train(was_training)", "model.train()", "tests/unit/test_api_weights.py::test_evaluation_leaves_a_model_in_its_mode"),
+    Mutant("dist_lars/guards.py", "first = 1 + start * BLOCK", "first = 1", "tests/unit/test_guards.py::test_sums_in_blocks_are_those_of_the_whole"),
+    Mutant(HOROVOD, "{'.'.join(values)[:60]}", "{'.'.join(values)}", "tests/unit/test_comm.py::test_the_name_of_a_sum_is_short_however_many_ranks_report"),
     Mutant(ENGINE, "job.scaler.scale(loss / parts)", "job.scaler.scale(loss)", f"{EQUIVALENCE}::test_ranks_times_passes_do_not_matter"),
     Mutant(ENGINE, "job.comm.rank * passes + i)", "i)", f"{EQUIVALENCE}::test_ranks_times_passes_do_not_matter"),
     Mutant(ENGINE, "    job.scaler.unscale_(job.optimizer)\n", "", "tests/unit/test_guards.py::test_the_loss_scale_reaches_neither_norm_nor_clipping_nor_weights"),
@@ -194,6 +187,8 @@ MUTANTS = [
     Mutant("dist_lars/data/transforms.py", "    left, top = rng.randint(0, resize - size), rng.randint(0, resize - size)\n", "    left, top = 0, 0\n", "tests/unit/test_minimal.py::test_every_crop_of_the_squeezed_image_comes_up_and_half_are_mirrored"),
     Mutant("dist_lars/presets/alexnet_8k_linear.yaml", "base_lr: 0.01", "base_lr: 0.02", "tests/unit/test_presets.py::test_the_linear_rule_over_batches"),
     # Input.
+    Mutant("dist_lars/data/stage.py", "with suppress(BlockingIOError), lock(place / USED):", "if True:", "tests/unit/test_shards.py::test_a_copy_that_another_job_reads_is_not_removed"),
+    Mutant("dist_lars/data/stage.py", "if path.exists() and os.path.samestat(os.fstat(held.fileno()), path.stat()):", "if True:", "tests/unit/test_shards.py::test_a_job_that_waits_for_a_copy_finds_it_removed_and_makes_its_own"),
     Mutant("dist_lars/data/loader.py", 'random.Random(f"replace/{first}")', "random.Random()", "tests/unit/test_loader.py::test_skipped_files_are_replaced_alike_by_all_ranks_and_workers"),
     Mutant("dist_lars/data/loader.py", "        torch.set_num_threads(1)  # one image", "        torch.set_num_threads(2)  # one image", "tests/unit/test_loader.py::test_images_are_made_by_one_thread_and_the_trainer_keeps_its_own"),
     Mutant("dist_lars/data/loader.py", "if len(self.skipped) > self.limit:", "if False:", "tests/unit/test_loader.py::test_too_many_broken_files_stop_the_run"),
@@ -232,6 +227,11 @@ MUTANTS = [
     Mutant("dist_lars/api.py", 'ranks.on_every_rank(run.comm, read, "read weights")', "read()", "tests/launch/test_failure.py::test_a_file_that_one_rank_alone_cannot_read_is_told"),
     Mutant("dist_lars/api.py", '    ranks.assert_same(comm, "\\n".join(_lines(config)), "the configuration")  #', "    #", "tests/launch/test_failure.py::test_ranks_that_are_started_with_different_batches_are_told"),
     # Studies.
+    Mutant("benchmarks/study.py", 'code == 0 and status.get("state") == "finished"', "code == 0", "tests/unit/test_study_runner.py::test_a_launcher_that_ends_with_0_has_not_finished_a_run"),
+    Mutant("benchmarks/study.py", "        if self.stop:  # it came before", "        if False:  # it came before", "tests/unit/test_study_runner.py::test_a_stop_that_comes_between_two_runs_starts_none"),
+    Mutant("benchmarks/study.py", "            if self.stop:  # it came since", "            if False:  # it came since", "tests/unit/test_study_runner.py::test_a_stop_that_comes_while_a_run_is_started_reaches_it"),
+    Mutant("benchmarks/study_store.py", 'line["kind"] == "machine" and line.get("precision") != machine.get("precision")', "False", f"{STUDY_REPORT}::test_another_precision_is_refused"),
+    Mutant(STUDY, "if key in OWN or", "if", f"{STUDY_GRID}::test_an_option_that_the_study_sets_itself_is_refused_on_the_command_line"),
     Mutant(STUDY, "scores.index(max(s for s in scores if s is not None))", "scores.index(scores[-1])", f"{STUDY_GRID}::test_the_best_rate_is_chosen_the_smaller_of_two_and_never_one_that_diverged"),
     Mutant(STUDY, "in (factors[0], factors[-1])", "in (factors[-1],)", f"{STUDY_GRID}::test_a_sweep_extends_downward_where_its_best_is_the_smallest"),
     Mutant(STUDY, "{key: _longer(tried, best[key]) for key, tried in factors.items()}", "{key: _longer(tried, best[key]) if best[key] in (tried[0], tried[-1]) else tried for key, tried in factors.items()}", f"{STUDY_GRID}::test_a_best_rate_at_the_edge_gives_every_cell_of_the_group_one_more"),

@@ -203,4 +203,4 @@ def test_a_number_format_that_was_chosen_or_told_is_the_same():
     counts = Counts(CPU)
     state = capture(job_of(1, autocast=torch.bfloat16), CONFIG, CLASSES, Progress(), counts)
     told = Config(batch_size=8, micro_batch=4, precision="bf16")
-    restore(job_of(1, autocast=torch.bfloat16), state, told, CLASSES, counts, "x.pt")
+    assert restore(job_of(1, autocast=torch.bfloat16), state, told, CLASSES, counts, "x.pt") == Progress()
