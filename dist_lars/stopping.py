@@ -27,11 +27,17 @@ class StopNotes:
     def __init__(self, stop_file: Path | None = None, deadline: float | None = None) -> None:
         self.stop_file, self.deadline = stop_file, deadline
         self.signal: str | None = None
+        self.before: dict[int, Any] = {}  # the handlers that `listen` replaced
 
     def listen(self) -> None:
         """Take SIGTERM and SIGUSR2 as requests to save and stop; a second one ends this process at once."""
-        for number in SIGNALS:
-            signal.signal(number, self._note)
+        self.before = {number: signal.signal(number, self._note) for number in SIGNALS}
+
+    def release(self) -> None:
+        """Give the signals back to what handled them before `listen`: a notebook outlives its runs."""
+        for number, handler in self.before.items():
+            signal.signal(number, handler or signal.SIG_DFL)  # None: it was set by C, and cannot be had back
+        self.before = {}
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.signal is not None:

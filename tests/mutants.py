@@ -170,6 +170,7 @@ MUTANTS = [
     Mutant(ENGINE, "    elif job.ema is not None:", "    if job.ema is not None:", "tests/unit/test_guards.py::test_an_overflow_under_loss_scaling_leaves_sums_and_averages_alone"),
     Mutant(ENGINE, "waited[slowest] /", "waited[0] /", "tests/unit/test_guards.py::test_the_report_names_the_slowest_rank"),
     Mutant("dist_lars/guards.py", "key(row) != key(per_rank[0])", "False", "tests/unit/test_guards.py::test_the_first_difference_is_named"),
+    Mutant("dist_lars/run.py", "        self.supervisor.notes.release()\n        return result", "        return result", "tests/launch/test_learning.py::test_it_learns_the_digits[sgd]"),
     Mutant("dist_lars/stopping.py", "        if self.signal is not None:\n            os._exit(EXIT_STOPPED)\n", "", "tests/unit/test_stopping.py::test_a_signal_is_noted_and_a_second_one_ends_the_process"),
     # Networks and recipes.
     Mutant(ALEXNET, "alpha=5 * 1e-4", "alpha=1e-4", f"{MODELS}::test_response_normalisation_is_the_papers"),

@@ -1,9 +1,12 @@
 """Every kind of optimizer learns the quickstart's digits, through the trainer itself."""
 
+import signal
+
 import pytest
 
 from dist_lars import api, runlog
 from dist_lars.cli import load_config
+from dist_lars.stopping import SIGNALS
 
 RECIPES = {
     "lars": {"optim.lr": 6.0},
@@ -33,7 +36,9 @@ def test_it_learns_the_digits(name, digits, tmp_path, monkeypatch):
             "resume.save_epochs": 100, **RECIPES[name],
         },
     )  # fmt: skip
+    handlers = [signal.getsignal(number) for number in SIGNALS]
     result = api.train(config)
+    assert [signal.getsignal(number) for number in SIGNALS] == handlers  # this process goes on, and may be ended
     assert result.top1 >= 90
     losses = [line["loss"] for line in runlog.read(tmp_path / "run", "train")]
     assert losses[0] > 2  # ln 10 = 2.3: nothing known
