@@ -67,8 +67,8 @@ def options() -> list[str]:
 @pytest.mark.parametrize("name", options())
 def test_the_option_exists(name):
     others = {"help", "preset", "config", "dry_run", "world_size", "json", "list_presets", "gloo", "checkpoint", "size"}
-    # Of benchmarks.study, doctor, sbatch.
-    others |= {"array", "launch", "list", "report", "workers", "records", "cluster", "test", "export"}
+    # Of benchmarks.study, doctor, evaluate, sbatch.
+    others |= {"array", "launch", "list", "report", "workers", "records", "cluster", "test", "export", "backend"}
     assert name in LEAVES or name in others
 
 
