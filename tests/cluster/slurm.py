@@ -188,11 +188,17 @@ class Job:
         assert state == "COMPLETED", f"{state}\n{self.log()[-6000:]}"
         return self.log()
 
+    def _steps(self) -> str:
+        """Its steps that slurmctld knows of."""
+        return self.slurm.on("squeue", "--noheader", "--steps", f"--jobs={self.number}", check=False).strip()
+
     def restart(self, seconds: float = PATIENCE) -> None:
         """Wait until it was requeued, and let it start at once: SLURM waits for two minutes."""
         self.until(lambda: self.facts()["Restarts"] != "0", "requeue", seconds)
         # its steps will have the numbers of the first start, which must have gone from the nodes
         self.until(lambda: not self.slurm.steps(), "the end of the first start", seconds)
+        # and from the records of slurmctld, which else has no place for the next ("Requested nodes are busy")
+        self.until(lambda: self.facts()["JobState"] == "PENDING" and not self._steps(), "the queue again", seconds)
         # and no second warning: this start has ten minutes
         self.slurm.on("scontrol", "update", f"JobId={self.number}", "StartTime=now", "TimeLimit=10")
 

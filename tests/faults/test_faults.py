@@ -79,14 +79,21 @@ def test_a_killed_rank(job, tell, untouched, n):
     tell(f"kill -9 of rank {rank} while {hit}", "ended; continued bit-identically", seconds, max(0, reached - saved))
 
 
+# torch is imported once: each line on stdin forks a process that saves until it is killed.
 SAVER = """
-import sys, torch
+import os, sys, torch
 from pathlib import Path
 from dist_lars import checkpoint
 weights = torch.arange(4_000_000, dtype=torch.float32)
-for step in range(1, 100000):
-    checkpoint.save(Path(sys.argv[1]), {"step": step, "weights": weights + step}, best=False, keep=2)
-    print(step, flush=True)
+for _ in sys.stdin:
+    if pid := os.fork():
+        os.waitpid(pid, 0)
+        print("ended", flush=True)
+        continue
+    for step in range(1, 100000):
+        checkpoint.save(Path(sys.argv[1]), {"step": step, "weights": weights + step}, best=False, keep=2)
+        if step == 1:
+            print(os.getpid(), flush=True)
 """
 
 
@@ -94,27 +101,26 @@ def test_kills_during_saving(tmp_path, tell):
     """Counted only where a half-written file was left behind: a good checkpoint always remains."""
     began, counted, rng = time.monotonic(), 0, random.Random(0)
     folder = tmp_path / "checkpoints"
-    for _ in range(20 * SAVES):
-        if counted == SAVES:
-            break
-        saver = subprocess.Popen(
-            [sys.executable, "-c", SAVER, str(folder)], stdout=subprocess.PIPE, text=True, env=environment()
-        )
-        done = int(saver.stdout.readline())
-        for _ in range(40):  # wait for a moment in which a file is half there
-            time.sleep(rng.uniform(0.001, 0.02))
-            if list(folder.glob(".step-*.pt.*")):
+    words, pipe = [sys.executable, "-c", SAVER, str(folder)], subprocess.PIPE
+    with subprocess.Popen(words, stdin=pipe, stdout=pipe, text=True, env=environment()) as savers:
+        for _ in range(20 * SAVES):
+            if counted == SAVES:
                 break
-        saver.kill()
-        saver.wait()
-        saver.stdout.close()
-        counted += any(not checkpoint.verify(path.read_bytes()) for path in folder.glob(".step-*.pt.*"))
-        path, damaged = checkpoint.newest_good(tmp_path)
-        assert damaged == []
-        state = checkpoint.load(path)
-        assert state["step"] >= done
-        assert torch.equal(state["weights"], torch.arange(4_000_000, dtype=torch.float32) + state["step"])
-        assert checkpoint.load(tmp_path)["step"] <= state["step"]
+            savers.stdin.write("\n")
+            savers.stdin.flush()
+            saver = int(savers.stdout.readline())
+            for _ in range(40):  # wait for a moment in which a file is half there
+                time.sleep(rng.uniform(0.001, 0.02))
+                if list(folder.glob(".step-*.pt.*")):
+                    break
+            os.kill(saver, signal.SIGKILL)
+            assert savers.stdout.readline() == "ended\n"
+            counted += any(not checkpoint.verify(path.read_bytes()) for path in folder.glob(".step-*.pt.*"))
+            path, damaged = checkpoint.newest_good(tmp_path)
+            assert damaged == []
+            state = checkpoint.load(path)
+            assert torch.equal(state["weights"], torch.arange(4_000_000, dtype=torch.float32) + state["step"])
+            assert checkpoint.load(tmp_path)["step"] <= state["step"]
     assert counted == SAVES
     tell(
         f"kill -9 while saving, {counted} half-written files",
@@ -165,9 +171,10 @@ def test_a_signal_to_the_launcher(job, tell, untouched, launcher, name, codes, s
     assert state is None or asked.status()["state"] == state
     assert not orphans
     seconds, saved = asked.seconds, asked.saved_step()
-    assert saved >= 3
-    assert asked.finish() == 0
-    assert same(checkpoint.load(asked.run_dir), untouched.checkpoint)
+    assert saved >= 3  # of one that verifies
+    if launcher == "mpirun":  # the others leave the same files
+        assert asked.finish() == 0
+        assert same(checkpoint.load(asked.run_dir), untouched.checkpoint)
     tell(f"{name} to {launcher}", f"exit {code}, good checkpoint of step {saved}, no orphans", seconds)
 
 
@@ -185,7 +192,7 @@ def test_a_stop_file(job, tell):
 @pytest.fixture(scope="module")
 def limit(untouched):
     """Seconds that are enough to start, train for a while and save, however busy this machine is."""
-    return int(20 + 2 * untouched.seconds)
+    return int(15 + 1.5 * untouched.seconds)
 
 
 def test_the_time_limit(job, tell, limit):

@@ -82,7 +82,7 @@ def test_a_slow_import_is_no_fault(examine, tmp_path):
 def test_a_rank_that_hangs_is_named_in_time(examine, sick):
     code, output, checks = examine("stop", sick)
     assert code != 0
-    assert re.search(rf"rank {1 - sick} on \S+ waited 10 s while", output), (code, output)
+    assert re.search(rf"rank {1 - sick} on \S+ waited 5 s while", output), (code, output)
     assert f"rank {sick} on" in checks["progress"][1]
     assert "stands at 'looking around' and answers no more" in checks["progress"][1]
     assert "sbatch --exclude=" in checks["progress"][1]

@@ -14,7 +14,7 @@ from dist_lars.doctor_roll import IMPORTING, Deadline, Roll
 fault, sick, folder = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
 rank = int(os.environ["OMPI_COMM_WORLD_RANK"])
 mine = rank == sick
-LIMIT = 10.0  # seconds until a hang is named, from the moment on that all have joined: that alone may take a minute
+LIMIT = 5.0  # seconds until a hang is named, from the moment on that all have joined: that alone may take a minute
 
 
 def change(facts):

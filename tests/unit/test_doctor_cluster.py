@@ -6,6 +6,7 @@ import re
 
 import pytest
 
+from dist_lars import doctor_reach
 from dist_lars import doctor_verdict as verdict
 from dist_lars.config import Config as Settings
 from dist_lars.config import Data
@@ -251,7 +252,8 @@ def test_the_node_that_nobody_reaches_is_named():
     assert behind(called, 2)[1] == "all ranks wait for each other"
 
 
-def test_an_open_door_answers_and_a_closed_one_does_not():
+def test_an_open_door_answers_and_a_closed_one_does_not(monkeypatch):
+    monkeypatch.setattr(doctor_reach, "CONNECT", 0.2)  # all of it is this host
     listener, door = open_door()
     here = Door("here", ["127.0.0.2/8"], door.port)
     there = Door("there", ["127.0.0.1/8"], door.port)

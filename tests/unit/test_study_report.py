@@ -21,11 +21,12 @@ def accuracy(run):
     return 70 + 5 * lars + run.seed / 10
 
 
-@pytest.fixture
-def told(tmp_path):
-    """(study, store, its report)."""
-    wanted = study(tmp_path)
-    store = study_store.Store(tmp_path / "records", wanted.name)
+@pytest.fixture(scope="module")
+def told(tmp_path_factory):
+    """(study, store, its report), to be read only."""
+    folder = tmp_path_factory.mktemp("told")
+    wanted = study(folder)
+    store = study_store.Store(folder / "records", wanted.name)
     machine = {"machine": {"cpu": "abacus", "cores": 2}, "versions": {"torch": "9"}, "precision": "fp32",
                "git": {"commit": "0123456789abcdef", "dirty": False}}  # fmt: skip
     for line in finish(wanted, accuracy).values():
