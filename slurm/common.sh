@@ -176,7 +176,7 @@ hear() {
 asked='' interrupted=''
 WARNED="asked to stop by SIGUSR2" ENDED="ended by SIGTERM"
 # SLURM's warning before the time limit, or yours (scancel --batch --signal=USR2 JOB). A file reaches the ranks under
-# every launcher, and whatever they are doing; `horovodrun --gloo` hands on no signal, and others none that comes too early.
+# every launcher, and whatever they are doing; `horovodrun --gloo` hands on no signal, others none that comes too early.
 on_warning() {
     interrupted=1 asked=$WARNED
     say "$asked: the run saves at its next step"

@@ -103,6 +103,7 @@ def test_horovodrun_by_its_full_path_takes_its_own_mpi_whatever_is_on_path(forei
     env = {"HOME": str(tmp_path), "PATH": f"{foreign_mpirun}:{os.defpath}"}
     words = [BIN / "horovodrun", "-np", "2", sys.executable, "-c", PROGRAM]
     done = subprocess.run(words, env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
     assert sorted(re.findall(r"rank \d of \d", done.stdout)) == ["rank 0 of 2", "rank 1 of 2"], done.stderr
 
 

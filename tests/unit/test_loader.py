@@ -184,11 +184,11 @@ def test_workers_do_not_outlive_a_killed_rank(tmp_path):
     parent.kill()
     parent.wait()
     deadline = time.monotonic() + 10
-    while Path(f"/proc/{worker}").exists():
-        if time.monotonic() > deadline:
-            os.kill(worker, signal.SIGKILL)  # nor may it outlive this test
-            pytest.fail("the worker lives on")
+    while (alive := Path(f"/proc/{worker}").exists()) and time.monotonic() < deadline:
         time.sleep(0.1)
+    if alive:
+        os.kill(worker, signal.SIGKILL)  # nor may it outlive this test
+    assert not alive
 
 
 SIGNALLED = """

@@ -89,26 +89,28 @@ stuck_here()
 
 @pytest.fixture(scope="module")
 def watched(tmp_path_factory):
-    """{case: (the process after its end, where its stacks would lie)}, all at once: they only wait."""
+    """{case: (the process after its end, where its stacks would lie, seconds)}, all at once: they only wait."""
     folder = tmp_path_factory.mktemp("watched")
     cases = {"hang": folder / "hang", "no disk": folder / "gone" / "stacks", "stop": folder / "stop"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    start = time.monotonic()
     begun = {
         case: subprocess.Popen([sys.executable, "-c", WATCHED, str(stacks), case], **pipes)
         for case, stacks in cases.items()
     }
-    # Sooner than the backstop, which has no words.
-    ended = {case: (process, *process.communicate(timeout=20)) for case, process in begun.items()}
-    return {
-        case: (subprocess.CompletedProcess(case, process.returncode, out, err), cases[case])
-        for case, (process, out, err) in ended.items()
-    }
+    ended = {}
+    for case, process in begun.items():
+        out, err = process.communicate(timeout=40)
+        done = subprocess.CompletedProcess(case, process.returncode, out, err)
+        ended[case] = done, cases[case], time.monotonic() - start
+    return ended
 
 
 def test_a_stuck_rank_dumps_its_stacks_and_ends(watched):
-    done, stacks = watched["hang"]
+    done, stacks, seconds = watched["hang"]
     assert done.stdout == "alive\n"
     assert done.returncode == 1
+    assert seconds < 15
     assert "error: rank 3 on " in done.stderr
     assert "made no progress for 1 s while step 3" in done.stderr
     assert "stuck_here" in stacks.read_text() or "<module>" in stacks.read_text()
@@ -116,15 +118,16 @@ def test_a_stuck_rank_dumps_its_stacks_and_ends(watched):
 
 
 def test_a_stuck_rank_ends_with_its_message_where_nothing_can_be_written(watched):
-    done, _ = watched["no disk"]
+    done, _, seconds = watched["no disk"]
     assert done.returncode == 1
+    assert seconds < 15  # not by the backstop, which has no words
     assert "error: rank 3 on " in done.stderr
     assert "made no progress for 1 s while step 3" in done.stderr
     assert "most recent call first" in done.stderr  # the stacks, where they can be read at all
 
 
 def test_a_watchdog_that_was_stopped_ends_nothing(watched):
-    done, _ = watched["stop"]
+    done, *_ = watched["stop"]
     assert (done.returncode, done.stderr) == (0, "")
 
 
