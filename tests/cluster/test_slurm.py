@@ -160,11 +160,7 @@ def preempt(slurm):
 
 
 def lose_a_node(slurm):
-    slurm.on("scontrol", "update", "NodeName=n2", "State=DOWN", "Reason=test")
-    # A node that comes back has lost its steps, too; while one is left SLURM has no place for the next.
-    until(lambda: "slurmstepd" not in " ".join(slurm.net["n2"].processes().values()), "the end of the steps on n2")
-    # Refused where the node has reported by itself in between: then it is back (ReturnToService=2).
-    slurm.on("scontrol", "update", "NodeName=n2", "State=RESUME", check=False)
+    slurm.lose("n2")
 
 
 @pytest.mark.parametrize("happens", [preempt, lose_a_node])
