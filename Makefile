@@ -43,7 +43,7 @@ test-cluster: install  ## bring up SLURM and several hosts on this machine, as r
 	python -m pytest -m cluster tests/cluster $(ARGS)
 
 test-faults: install  ## break real jobs on purpose: kills, hangs, full disks, bad numbers (FAULT_KILLS=20 FAULT_SAVES=50)
-	python -m pytest -m faults tests/faults $(ARGS)
+	python -m pytest -m faults tests/faults tests/launch tests/parallel $(ARGS)
 
 test-hosts: install  ## train over hosts of their own (network namespaces, as root), lose one, go on
 	python -m pytest -m hosts tests/hosts $(ARGS)

@@ -52,6 +52,7 @@ def test_a_run_goes_on_with_the_other_backend(command, image_folder, tmp_path, f
     assert losses[1] == pytest.approx({step: loss for step, loss in losses[0].items() if step > 4}, rel=1e-5)
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("then", ["torch under torchrun", "horovod by MPI"])
 def test_a_signal_saves_under_torchrun_and_the_run_continues_there(command, image_folder, tmp_path, then):
     """SIGTERM to torchrun reaches all processes of every rank, as at the end of a batch job; either backend goes on."""

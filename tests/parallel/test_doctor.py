@@ -67,6 +67,7 @@ def test_a_rank_that_raises_is_named_at_once(examine):
     assert "failed while looking around: OSError: this disk is gone" in checks["progress"][1]
 
 
+@pytest.mark.faults
 def test_a_slow_import_is_no_fault(examine, tmp_path):
     """Another launcher would not help, more time may: the file says so, for launchers change exit codes."""
     code, output, checks = examine("import", 1)
@@ -76,6 +77,7 @@ def test_a_slow_import_is_no_fault(examine, tmp_path):
     assert (tmp_path / "run/preflight/importing").exists()
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("sick", [0, 1])
 def test_a_rank_that_hangs_is_named_in_time(examine, sick):
     code, output, checks = examine("stop", sick)
