@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> None:
         study = study_grid.load(args.study, "data.path" in overrides, overrides)
         store = study_store.Store(args.records, study.name, shared=args.of > 1)
         if args.list:
-            others = {name: line for name, (line, _) in store.elsewhere(study.data).items()}
+            others = {name: line for name, (line, _) in store.elsewhere(study_report.header(study)).items()}
             print(study_report.to_do(study, others | store.runs()))
             return
         code = 0
@@ -55,6 +55,8 @@ def main(argv: list[str] | None = None) -> None:
             code = Runner(study, store, args).go()
         if store.runs():
             print(study_report.write(study, store))
+        elif args.report:
+            print(f"no run is recorded in {store.path} yet: the same command without --report trains them")
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
         raise SystemExit(2) from None
@@ -135,6 +137,9 @@ class Runner:
         precision = study.base.get("precision", "auto")
         number = pick_autocast(precision, pick_device(study.base.get("device", "auto"), 0))
         self.machine = study_store.machine("fp32" if number is None else str(number).removeprefix("torch."))
+        files = study_store.names_of_files(from_flat(study_grid.cells(study)[0].options))
+        self.header = study_report.header(study, files)
+        study_store.refuse_other_files(store.path, store.lines(), self.header)
 
     def go(self) -> int:
         """Work until nothing is left that could be done; the exit code."""
@@ -149,7 +154,7 @@ class Runner:
         if self.broken:
             raise self.broken
         for name, why in self.failed.items():
-            print(f"failed: run {name}: {why}", file=sys.stderr)
+            print(f"failed: {why}; the whole log: {self.work / name}.log", file=sys.stderr)
         if self.hopeless:
             print(f"given up, for the first {HOPELESS} runs failed", file=sys.stderr)
         elif self.stop:
@@ -194,10 +199,10 @@ class Runner:
 
     def _shared(self, missing: list[study_grid.Run]) -> bool:
         """Take over the runs that another study has recorded: the same options compute the same."""
-        others = self.store.elsewhere(self.study.data)
+        others = self.store.elsewhere(self.header)
         found = [run for run in missing if run.id in others and run.id not in self.mine]
         for run in found:
-            self.store.share(run, *others[run.id], study_report.header(self.study))
+            self.store.share(run, *others[run.id], self.header)
             self._say(run, "taken from another study's records")
         return bool(found)
 
@@ -238,14 +243,15 @@ class Runner:
         if finished or str(status.get("reason")).startswith("Diverged"):
             line = study_store.summary(run, folder, seconds)
             self.recorded += 1
-            self.store.add(line, self.machine, study_report.header(self.study))
+            self.store.add(line, self.machine, self.header)
             self._say(run, f"top-1 {line['top1']}" if line["top1"] is not None else f"diverged at step {line['step']}")
             self._forget(run)
         elif status.get("state") == "stopped":
             self.stop = self.stop or str(status.get("reason"))
         else:
             output = (self.work / f"{run.id}.log").read_text(encoding="utf-8", errors="replace").strip()
-            self._set_aside(run.id, f"exit code {code}: {output[-600:]}")
+            which = f"{run.cell.key}, {run.stage}, {run.factor:g} x, seed {run.seed}"
+            self._set_aside(run.id, f"{which}: exit code {code}: {output[-600:]}")
         self._release(run)
 
     def _release(self, run: study_grid.Run) -> None:

@@ -48,10 +48,10 @@ def write(results: Results, folder: Path) -> dict[str, Path]:
     mpl.use("Agg")
     drawn = {}
     for name, title, draw in (
-        ("accuracy", "Top-1 accuracy", accuracy),
+        ("accuracy", "Top-1 accuracy; hollow where no rate of the sweep trained", accuracy),
         ("curves", "Accuracy on augmented training images while training", curves),
         ("rates", "Top-1 on the images held out, against the learning rate", rates),
-        ("trust", "Trust ratios of every tensor while training", trust),
+        ("trust", "Trust ratios of every tensor, one seed; dashed: biases and BatchNorm", trust),
     ):
         path = folder / f"study-{results.study.name}-{name}.png"
         figure = draw(results)
@@ -84,9 +84,20 @@ def _colour(study: Study, label: str) -> str:
     return f"C{list(study.axes[study.series]).index(label) % 10}"
 
 
-def _legend(frame: Any) -> None:
-    if frame.get_legend_handles_labels()[0]:
-        frame.legend(fontsize=7)
+def _legend(figure: Any, frames: list[Any]) -> None:
+    """One for all frames, below them, where it covers no point."""
+    drawn = {
+        label: handle for frame in frames for handle, label in zip(*frame.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(
+        drawn.values(), drawn.keys(), loc="outside lower center", ncols=int(figure.get_figwidth() // 2.2), fontsize=7
+    )
+
+
+def _width(study: Study, label: str) -> float:
+    """Later arms are thinner, so that one shows that has the same values as a later one."""
+    labels = list(study.axes[study.series])
+    return 1.0 + 0.4 * (len(labels) - 1 - labels.index(label))
 
 
 def _by(cells: list[Cell], key: Callable[[Cell], str]) -> dict[str, list[Cell]]:
@@ -103,7 +114,7 @@ def accuracy(results: Results) -> Any:
     if not cells:
         return None
     panels = _by(cells, lambda c: panel(study, c))
-    figure, frames = _frames(panels, 2, share_y=False)
+    figure, frames = _frames(panels, 2, share_y=not x)
     for frame, mine in zip(frames, panels.values(), strict=False):
         for label, points in _by(mine, lambda c: c.labels[study.series]).items():
             values = [results.top1(c) for c in points]
@@ -116,10 +127,18 @@ def accuracy(results: Results) -> Any:
             else:
                 places, style = where, {"marker": "o", "linestyle": ""}
             frame.errorbar(places, means, yerr=spread, capsize=3, color=_colour(study, label), label=label, **style)
+            lost = [i for i, c in enumerate(points) if not results.trained(c)]
+            frame.plot(
+                [places[i] for i in lost], [means[i] for i in lost], "o", color=_colour(study, label), mfc="w", zorder=4
+            )
         if x:
             _ticks(frame, mine, x)
-            _legend(frame)
+        else:
+            frame.margins(x=0.2)
+            frame.tick_params(axis="x", labelrotation=20 if len(study.axes[study.series]) > 3 else 0, labelsize=7)
         frame.set_ylabel("top-1, %")
+    if x:
+        _legend(figure, frames)
     return figure
 
 
@@ -148,9 +167,12 @@ def curves(results: Results) -> Any:
             if histories:
                 mean = np.mean(histories, axis=0)
                 label = cell.labels[study.series]
-                frame.plot(range(1, len(mean) + 1), mean, color=_colour(study, label), label=label)
+                frame.plot(
+                    range(1, len(mean) + 1), mean, color=_colour(study, label), label=label,
+                    linewidth=_width(study, label),
+                )  # fmt: skip
         frame.set_xlabel("epoch", fontsize=8)
-        _legend(frame)
+    _legend(figure, frames)
     frames[0].set_ylabel("training top-1, %")
     return figure
 
@@ -168,13 +190,12 @@ def rates(results: Results) -> Any:
             rate, label = study_grid.plan_of(cell.options).rate.peak, cell.labels[study.series]
             points = [(f * rate, s) for f, s in results.scores(cell).items() if s is not None]
             sound, lost = [p for p in points if p[1] >= 0], [p for p in points if p[1] < 0]
-            frame.plot(
-                *zip(*sound, strict=True), marker=".", color=_colour(study, label), label=label
-            ) if sound else None
+            style = {"color": _colour(study, label), "label": label, "linewidth": _width(study, label)}
+            frame.plot(*zip(*sound, strict=True), marker=".", **style) if sound else None
             frame.plot([p[0] for p in lost], [0] * len(lost), "x", color=_colour(study, label))
         frame.set_xscale("log")
         frame.set_xlabel("learning rate", fontsize=8)
-        _legend(frame)
+    _legend(figure, frames)
     frames[0].set_ylabel("top-1 held out, %")
     return figure
 
@@ -183,17 +204,22 @@ def trust(results: Results) -> Any:
     """One frame for each cell with adapted tensors: a line per tensor, dark near the images, bright near the loss."""
     from matplotlib import colormaps
 
+    from dist_lars.models import build
+
     study = results.study
     traced = [(c, run) for c in results.cells for run in results.of(c)[:1] if "trust_ratios" in run]
     if not traced:
         return None
     traced.sort(key=lambda pair: order(study, pair[0]))
+    networks = {run["options"]["model.name"] for _, run in traced}
+    dimensions = {n: {k: p.ndim for k, p in build(n, num_classes=10).named_parameters()} for n in networks}
     figure, frames = _frames([c.key for c, _ in traced], 5)
     for frame, (_, run) in zip(frames, traced, strict=False):
         ratios = run["trust_ratios"]
-        for depth, values in enumerate(ratios.values()):
+        for depth, (name, values) in enumerate(ratios.items()):
             colour = colormaps["viridis"](0.95 * depth / max(1, len(ratios) - 1))
-            frame.plot(run["trust_steps"], values, linewidth=0.8, color=colour)
+            style = "--" if dimensions[run["options"]["model.name"]][name] == 1 else "-"
+            frame.plot(run["trust_steps"], values, linewidth=0.8, color=colour, linestyle=style)
         frame.set_yscale("log")
         frame.set_xlabel("step", fontsize=8)
     frames[0].set_ylabel("trust ratio, first layer dark, last bright", fontsize=7)

@@ -24,8 +24,8 @@ DIFFERENCES = (
 )
 LOSSES = (
     "Points of top-1 that an arm gains (below 0: loses) from the {x} in `against` to its own; where an arm has a "
-    "reference, how many points less that one loses over the same step, with 95 % intervals that are not corrected for "
-    "their number."
+    "reference, how many points less that one loses over the same step, with its 95 % interval; `p, Holm` is corrected "
+    "for the number of these tests."
 )
 RUNS = (
     "Final runs. `rate` is the peak learning rate; a run that diverged has the top-1 of guessing, no top-5, no loss; "
@@ -114,6 +114,12 @@ class Results:
         """Accuracies of the final runs."""
         return [accuracy(run) for run in self.of(cell)]
 
+    def trained(self, cell: Cell) -> bool:
+        """Whether some rate of its sweep learned anything; True where rates were not chosen."""
+        swept = self.of(cell, "select")
+        best = max((s for s in self.scores(cell).values() if s is not None), default=0.0)
+        return not swept or best >= 100 / swept[0]["classes"] + LEARNED
+
     def scores(self, cell: Cell) -> dict[float, float | None]:
         """{factor: accuracy on the images held out}."""
         return {f: study_grid.score(self.study, cell, f, self.records) for f in self.factors[cell.key]}
@@ -153,9 +159,10 @@ def tables(results: Results) -> str:
     return "\n\n".join(part for part in parts if part)
 
 
-def header(study: Study) -> dict[str, Any]:
-    """What the records say of the study itself."""
-    return {"name": study.name, "title": study.title, "data": study.data, "select": study.select, "final": study.final}
+def header(study: Study, files: str | None = None) -> dict[str, Any]:
+    """What the records say of the study itself; `files`: a digest of the images' names, where somebody looked."""
+    asked = {"name": study.name, "title": study.title, "data": study.data, "select": study.select, "final": study.final}
+    return asked | ({"files": files} if files else {})
 
 
 def _state(results: Results) -> str:
@@ -188,8 +195,12 @@ def _main(results: Results) -> str:
     for cell in sorted(results.cells, key=lambda c: study_plots.order(study, c)):
         labels = {k: v for k, v in cell.labels.items() if k != study.series}
         row = rows.setdefault(tuple(labels.values()), {**labels, "steps per epoch": _steps(cell)})
-        row[cell.labels[study.series]] = mean_and_spread(results.top1(cell))
+        row[cell.labels[study.series]] = mean_and_spread(results.top1(cell)) + _untrained(results, cell)
     return show.markdown(rows.values())
+
+
+def _untrained(results: Results, *cells: Cell) -> str:
+    return "" if all(map(results.trained, cells)) else ", no rate trained"
 
 
 def _steps(cell: Cell) -> int:
@@ -217,7 +228,7 @@ def _comparisons(results: Results) -> str:
                 {
                     **{k: v for k, v in other.labels.items() if k != study.series},
                     "steps per epoch": _steps(other),
-                    "difference": f"{reference} - {' = '.join(alike)}",
+                    "difference": f"{reference} - {' = '.join(alike)}" + _untrained(results, cells[reference], other),
                     "points": f"{statistics.mean(a) - statistics.mean(b):.2f}",
                     "95 % interval": _points(test)["95 % interval"] if test else "no spread, no test",
                     "p": test.p if test else None,
@@ -238,6 +249,7 @@ def _losses(results: Results) -> str:
     study, x = results.study, results.study.report.get("x")
     at = {tuple(cell.labels.items()): cell for cell in results.cells}
     rows, first = [], {}
+    tests: dict[tuple[str, ...], float] = {}  # by the runs that they are of: arms may share theirs
     for cell in sorted(results.cells, key=lambda c: study_plots.order(study, c)) if x else []:
         rest = tuple(v for k, v in cell.labels.items() if k != x)
         base = first.setdefault(rest, cell)
@@ -251,8 +263,15 @@ def _losses(results: Results) -> str:
             less = contrast(
                 [results.top1(ours), results.top1(base)], [results.top1(ours_base), results.top1(cell)]
             ) if results.of(ours) != results.of(cell) else None  # fmt: skip
-            row |= {f"{k} that the reference loses less": v for k, v in (_points(less) if less else {}).items()}
+            if less:
+                row["runs"] = tuple(run["id"] for c in (ours, base, ours_base, cell) for run in results.of(c))
+                tests[row["runs"]] = less.p
+                row |= {f"{k} that the reference loses less": v for k, v in _points(less).items()}
         rows.append(row)
+    corrected = dict(zip(tests, holm(list(tests.values())), strict=True))
+    for row in rows:
+        if runs := row.pop("runs", None):
+            row["p"], row["p, Holm"] = f"{tests[runs]:.2g}", f"{corrected[runs]:.2g}"
     return show.markdown(rows) if rows else ""
 
 
@@ -296,8 +315,8 @@ def _rates(results: Results) -> str:
         )
         if best is None:
             continue
-        guessing = 100 / results.of(cell, "select")[0]["classes"]
-        if scores[best] < guessing + LEARNED:
+        if not results.trained(cell):
+            guessing = 100 / results.of(cell, "select")[0]["classes"]
             warnings.append(
                 f"- **nothing learned**: {cell.key}: guessing gives {guessing:g}, so no rate was chosen here"
             )

@@ -18,8 +18,10 @@ import yaml
 from benchmarks import record
 from dist_lars import runlog
 from dist_lars.checkpoint import write_aside
-from dist_lars.config import from_flat
+from dist_lars.config import Config, data_path, from_flat
 from dist_lars.continuation import MAY_DIFFER_ON_RESUME
+from dist_lars.data import cache_dir, list_folders
+from dist_lars.data.packing import digest_of
 from dist_lars.errors import UserError
 from dist_lars.locks import lock
 
@@ -43,13 +45,13 @@ class Store:
         """{id: record} of the runs that are done."""
         return {line["id"]: line for line in self.lines() if line["kind"] == "run"}
 
-    def elsewhere(self, data: str) -> dict[str, tuple[Line, Line]]:
+    def elsewhere(self, header: Line) -> dict[str, tuple[Line, Line]]:
         """{id: (record, its machine)} of the other studies in this folder that speak of the same images."""
         found = {}
         for path in sorted(self.folder.glob("study-*.jsonl")):
             lines = Store(self.folder, path.stem.removeprefix("study-")).lines() if path != self.path else []
             machines = {line["id"]: line for line in lines if line["kind"] == "machine"}
-            if any(line["kind"] == "study" and line.get("data") == data for line in lines):
+            if any(line["kind"] == "study" and _same_images(line, header) for line in lines):
                 found |= {line["id"]: (line, machines[line["on"]]) for line in lines if line["kind"] == "run"}
         return found
 
@@ -64,9 +66,9 @@ class Store:
         with lock(self.folder / f".{self.path.stem}.lock", wait=True, needed=self.shared):
             lines = self.lines()
             _refuse_other_images(self.path, lines, run)
+            refuse_other_files(self.path, lines, study)
             refuse_other_precision(self.path, lines, machine)
-            if not any(line["kind"] == "study" for line in lines):
-                lines.insert(0, {"kind": "study", **study})
+            lines = [{"kind": "study", **study}, *(line for line in lines if line["kind"] != "study")]
             if not any(line["kind"] == "machine" and line["id"] == on for line in lines):
                 lines.append({"kind": "machine", "id": on, **machine})
             if not any(line["kind"] == "run" and line["id"] == run["id"] for line in lines):
@@ -90,6 +92,30 @@ def _refuse_other_images(path: Path, lines: list[Line], run: Line) -> None:
                 f"{path} holds runs on {line['images']} images (training, evaluated), and this one had "
                 f"{run['images']}: other images belong into other records, --records DIR"
             )
+
+
+def _same_images(a: Line, b: Line) -> bool:
+    """By what the studies say, and by their files where both have seen them: JPEG copies are not the PNG originals."""
+    return a.get("data") == b.get("data") and len({a.get("files"), b.get("files")} - {None}) < 2
+
+
+def refuse_other_files(path: Path, lines: list[Line], study: Line) -> None:
+    """As many images of other names, such as the JPEG copies of a PNG folder, are other images."""
+    for line in lines:
+        if line["kind"] == "study" and len({line.get("files"), study.get("files")} - {None}) > 1:
+            raise UserError(
+                f"{path} holds runs on image files of other names than those of --data.path now: other images belong "
+                f"into other records, --records DIR"
+            )
+
+
+def names_of_files(config: Config) -> str | None:
+    """A digest of the names of all images, as the folder has them or had them when it was packed; None without one."""
+    path = data_path(config)
+    if path is None:
+        return None
+    digests = "".join(digest_of(index) for index in list_folders(path, config.data.val, cache_dir()))
+    return hashlib.sha256(digests.encode()).hexdigest()[:12]
 
 
 def refuse_other_precision(path: Path, lines: list[Line], machine: Line) -> None:

@@ -8,7 +8,9 @@ from study_tools import TINY, finish, record, study
 
 from benchmarks import study_grid, study_report, study_store
 from benchmarks.record import RECORDS
+from dist_lars.data.folder import index_folder
 from dist_lars.errors import UserError
+from tests.conftest import paint
 
 
 def accuracy(run):
@@ -125,13 +127,16 @@ def test_a_sweep_that_learned_nothing_has_chosen_nothing(tmp_path, best, told):
     text = study_report._rates(study_report.Results(wanted, found))
     assert text.count("nothing learned") == told
     assert ("64 | SGD: guessing gives 10" in text) == told
+    text = study_report.tables(study_report.Results(wanted, found))
+    assert ("| LARS - SGD, no rate trained |" in text) == told  # its row at 64
+    assert text.count("no rate trained") == 2 * told  # and its cell of the first table
 
 
 def test_a_difference_without_spread_has_a_row_and_no_part_in_the_correction(tmp_path):
     arms = {name: {"optim.name": name} for name in ("lars", "sgd", "nesterov")}
     report = {"series": "arm", "reference": "lars"}
     wanted = study(tmp_path, axes={"batch_size": [64], "arm": arms}, report=report)
-    base = {"lars": 10.0, "sgd": 12.0, "nesterov": 11.0}
+    base = {"lars": 70.0, "sgd": 72.0, "nesterov": 71.0}
 
     def accuracy(run):
         arm = run.cell.labels["arm"]
@@ -193,7 +198,7 @@ def test_losses_against_the_smallest_batch(tmp_path):
     rows = study_report._losses(study_report.Results(wanted, found)).splitlines()
     assert rows[0] == (
         "| batch_size | arm | steps per epoch | against | points | 95 % interval "
-        "| points that the reference loses less | 95 % interval that the reference loses less |"
+        "| points that the reference loses less | 95 % interval that the reference loses less | p | p, Holm |"
     )
     cells = [[cell.strip() for cell in row.split("|")] for row in rows[2:]]
     assert [(row[1], row[2], row[4], round(float(row[5]))) for row in cells] == [
@@ -201,6 +206,22 @@ def test_losses_against_the_smallest_batch(tmp_path):
     ]  # fmt: skip
     # Four variances of 1 over 3: the error is sqrt(4 / 3), 8 degrees of freedom, t = 2.30600.
     assert [row[7:9] for row in cells] == [["20.00", "17.34 to 22.66"], ["", ""]]
+
+
+def test_losses_are_corrected_for_the_number_of_their_tests(tmp_path):
+    """Two arms of one optimizer and rate share their runs, and are one test of the two."""
+    arm = TINY["axes"]["arm"]
+    axes = {**TINY["axes"], "arm": {**arm, "SGD too": arm["SGD"], "Nesterov": {"optim.name": "nesterov"}}}
+    wanted = study(tmp_path, axes=axes)
+    found = finish(wanted, lambda run: 70.0 - 3 * (run.options["batch_size"] == 256) * (
+        run.options["optim.name"] != "lars") + run.seed * (1 + (run.options["optim.name"] == "nesterov")))  # fmt: skip
+    rows = study_report._losses(study_report.Results(wanted, found)).splitlines()[2:]
+    told = {cells[2].strip(): cells[9:11] for cells in (row.split("|") for row in rows)}
+    p = {name: tuple(float(cell) for cell in told[name]) for name in ("SGD", "SGD too", "Nesterov")}
+    assert p["SGD"] == p["SGD too"]
+    assert p["SGD"][0] < p["Nesterov"][0]
+    assert p["SGD"][1] == pytest.approx(2 * p["SGD"][0], rel=0.02)
+    assert p["Nesterov"][1] == p["Nesterov"][0]
 
 
 def test_a_contrast_of_four_means_is_welch_and_satterthwaite():
@@ -279,6 +300,38 @@ def test_other_images_are_refused(tmp_path):
     with pytest.raises(UserError, match="other images belong into other records"):
         store.add({"id": "c", "stage": "final", "images": [1_281_167, 50_000]}, MACHINE, {})
     assert list(store.runs()) == ["a", "b"]
+
+
+def test_as_many_images_of_other_names_are_refused(tmp_path):
+    store = study_store.Store(tmp_path, "x")
+    run = {"id": "a", "stage": "final", "images": [64, 12]}
+    store.add(run, MACHINE, {"name": "x", "files": "jpeg"})
+    with pytest.raises(UserError, match="image files of other names"):
+        store.add(run | {"id": "b"}, MACHINE, {"name": "x", "files": "png"})
+    store.add(run | {"id": "c"}, MACHINE, {"name": "x", "files": "jpeg", "select": None})
+    assert list(store.runs()) == ["a", "c"]
+    assert store.lines()[0] == {"kind": "study", "name": "x", "files": "jpeg", "select": None}  # what was asked last
+
+
+def test_files_are_known_by_their_names_packed_or_not(tmp_path):
+    import shutil
+
+    from dist_lars.config import from_flat
+    from dist_lars.data.packing import Options, pack
+
+    def files(folder):
+        return study_store.names_of_files(from_flat({"data.kind": "folder", "data.path": str(folder)}))
+
+    folder = paint(tmp_path / "jpeg", 6, 3)
+    for split in ("train", "val"):
+        options = Options(size=16, quality=90, shard_mb=1)
+        pack(index_folder(str(folder / split)), str(tmp_path / "packed" / split), options, 1, lambda n: None)
+    shutil.copytree(folder, tmp_path / "png")
+    for path in (tmp_path / "png").rglob("*.jpg"):
+        path.rename(path.with_suffix(".png"))
+    assert files(folder) == files(tmp_path / "packed")
+    assert files(folder) != files(tmp_path / "png")
+    assert study_store.names_of_files(from_flat({"data.kind": "digits"})) is None
 
 
 def test_a_run_that_was_killed_and_went_on_tells_each_epoch_once(tmp_path):

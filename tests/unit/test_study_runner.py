@@ -1,6 +1,7 @@
 """What a study takes up next, without training anything."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -9,6 +10,7 @@ from study_tools import TINY, finish, study
 
 from benchmarks import study as command
 from benchmarks import study_report, study_store
+from dist_lars.errors import UserError
 
 
 def runner(wanted, folder, *words):
@@ -59,6 +61,31 @@ def test_records_of_other_images_are_not_taken(tmp_path, other):
     assert not mine.store.runs()
 
 
+def test_records_of_other_files_are_not_taken(tmp_path, other, monkeypatch):
+    """JPEG copies of a folder of PNGs are other images, under whatever name."""
+    lines = other.path.read_text().splitlines()
+    other.path.write_text("\n".join([json.dumps(json.loads(lines[0]) | {"files": "jpeg"}), *lines[1:]]) + "\n")
+    for files, taken in (("png", 0), ("jpeg", 6)):
+        monkeypatch.setattr(study_store, "names_of_files", lambda config, files=files: files)
+        mine = runner(study(tmp_path, axes=MINE), tmp_path)
+        assert mine._next()
+        assert len(mine.store.runs()) == taken
+        for held in mine.mine.values():
+            held.close()
+    with pytest.raises(UserError, match="image files of other names"):
+        monkeypatch.setattr(study_store, "names_of_files", lambda config: "png")
+        runner(study(tmp_path, axes=MINE), tmp_path)
+
+
+def test_a_report_of_nothing_says_so(tmp_path, capsys):
+    study(tmp_path)
+    words = [str(tmp_path / "tiny.yaml"), "--records", str(tmp_path / "none"), "--report"]
+    with pytest.raises(SystemExit) as ended:
+        command.main(words)
+    assert ended.value.code == 0
+    assert "no run is recorded in" in capsys.readouterr().out
+
+
 def test_what_other_studies_have_is_listed_as_done(tmp_path, other, capsys):
     study(tmp_path, axes=MINE)
     command.main([str(tmp_path / "tiny.yaml"), "--records", str(tmp_path / "records"), "--list"])
@@ -88,7 +115,7 @@ def test_a_launcher_that_ends_with_0_has_not_finished_a_run(tmp_path, monkeypatc
 
     monkeypatch.setattr(mine, "_launch", launch)
     mine._train(run)
-    assert "a host is gone" in mine.failed[run.id]
+    assert re.match(r"64 \| SGD, select, 0\.5 x, seed 0: exit code 0: .*a host is gone", mine.failed[run.id], re.S)
     assert not mine.store.runs()
     assert (mine.work / run.id).is_dir()
     assert not mine.mine
