@@ -18,6 +18,8 @@ from dist_lars.metrics import Counts
 from dist_lars.resources import name_of_format
 from dist_lars.rundir import keys, some
 
+GATHERED = 1 << 23  # numbers that a rank receives at a time: 32 MB in float32
+
 
 @dataclass
 class Progress:
@@ -54,11 +56,21 @@ def capture(job: Job, config: Config, classes: tuple[str, ...], progress: Progre
 
 def _snapshot(model: nn.Module, comm: ranks.Comm) -> tuple[dict[str, torch.Tensor], list[torch.Tensor]]:
     """(weights with the mean of all ranks' buffers: what evaluates; every rank's own buffers: what continues)."""
-    # From the host's memory: a GPU's tensor would arrive on that GPU, where every other rank would open a context.
-    own = comm.gather(ranks.pack(ranks.float_buffers(model)).cpu(), "buffers of all ranks")
+    own = _on_first_rank(ranks.float_buffers(model), comm)
     buffers = {name for name, _ in model.named_buffers()}
     with ranks.averaged_buffers(model, comm):  # outside, the buffers are a rank's own again: keep copies of the mean
         return {k: v.clone() if k in buffers else v for k, v in model.state_dict().items()}, own
+
+
+def _on_first_rank(buffers: list[torch.Tensor], comm: ranks.Comm) -> list[torch.Tensor]:
+    """Every rank's buffers as one vector each, on rank 0; [] on the others, for those of 1,024 ranks are 220 MB."""
+    # From the host's memory: a GPU's tensor would arrive on that GPU, where every other rank would open a context.
+    flat = torch.cat([b.detach().reshape(-1) for b in buffers] or [torch.zeros(0)]).cpu()
+    found = [  # clones: a view would be sent with all that it is a view of
+        comm.gather(piece.clone(), "buffers of all ranks")[: comm.size if comm.rank == 0 else 0]
+        for piece in flat.split(max(1, GATHERED // comm.size))
+    ]
+    return [torch.cat(pieces) for pieces in zip(*found, strict=True)]
 
 
 def restore(

@@ -7,6 +7,7 @@ import torch
 
 from dist_lars import comm as ranks
 from dist_lars import engine
+from dist_lars import state as state_module
 from dist_lars.api import make_optimizer
 from dist_lars.comm import LocalComm
 from dist_lars.config import Config, Optim, Resume
@@ -82,6 +83,29 @@ def test_all_of_a_run_comes_back():
         assert torch.equal(a, b)
 
 
+class Echo(OneOf):
+    """A rank whose fellows all say what it says; it notes how much that is."""
+
+    heard = 0
+
+    def gather(self, value, name):
+        self.heard = max(self.heard, self.size * getattr(value, "nelement", lambda: 0)())
+        return self.size * [value]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_buffers_are_kept_by_the_first_rank_alone_and_come_in_pieces(rank, monkeypatch):
+    """Ten numbers of each of three ranks, at most nine at a time, in the buffers' own format."""
+    monkeypatch.setattr(state_module, "GATHERED", 9)
+    job, counts = job_of(1, Echo(rank, 3)), Counts(CPU)
+    buffers = capture(job, CONFIG, CLASSES, Progress(), counts)["buffers"]
+    own = torch.cat([b for b in job.model.buffers() if b.is_floating_point()])
+    assert len(own) == 10
+    assert job.comm.heard == 9
+    assert len(buffers) == (3 if rank == 0 else 0)
+    assert all(b.dtype == torch.float32 and torch.equal(b, own) for b in buffers)
+
+
 def of_two_ranks() -> dict:
     counts = Counts(CPU)
     state = copy.deepcopy(capture(trained(job_of(1), 2, counts), CONFIG, CLASSES, Progress(2), counts))
@@ -98,9 +122,9 @@ def test_each_rank_gets_its_own_buffers_at_the_same_size_and_their_mean_at_anoth
     state, counts = of_two_ranks(), Counts(CPU)
     job = job_of(2, OneOf(rank, size))
     restore(job, state, CONFIG, CLASSES, counts, "x.pt")
-    got = {"buffers": ranks.pack(ranks.float_buffers(job.model))}
+    got = {"buffers": ranks.pack(ranks.float_buffers(job.model)).float()}
     with job.ema.swapped():
-        got["ema_buffers"] = ranks.pack(ranks.float_buffers(job.model))
+        got["ema_buffers"] = ranks.pack(ranks.float_buffers(job.model)).float()
     for name, values in got.items():
         expected = state[name][rank] if size == 2 else (state[name][0] + state[name][1]) / 2
         torch.testing.assert_close(values, expected, rtol=1e-6, atol=0)
