@@ -135,7 +135,10 @@ def accuracy(results: Results) -> Any:
             _ticks(frame, mine, x)
         else:
             frame.margins(x=0.2)
-            frame.tick_params(axis="x", labelrotation=20 if len(study.axes[study.series]) > 3 else 0, labelsize=7)
+            for name in frame.get_xticklabels():
+                name.set(fontsize=7)
+                if len(study.axes[study.series]) > 3:
+                    name.set(rotation=25, ha="right", rotation_mode="anchor")
         frame.set_ylabel("top-1, %")
     if x:
         _legend(figure, frames)
