@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> None:
         study = study_grid.load(args.study, "data.path" in overrides, overrides)
         store = study_store.Store(args.records, study.name, shared=args.of > 1)
         if args.list:
-            others = {name: line for name, (line, _) in store.elsewhere(study_report.header(study)).items()}
+            others = {name: line for name, (line, _) in store.elsewhere(header(study)).items()}
             print(study_report.to_do(study, others | store.runs()))
             return
         code = 0
@@ -61,6 +61,11 @@ def main(argv: list[str] | None = None) -> None:
         print(f"error: {e}", file=sys.stderr)
         raise SystemExit(2) from None
     raise SystemExit(code)
+
+
+def header(study: study_grid.Study) -> dict[str, Any]:
+    """What the records say of the study, with its images as they are here."""
+    return study_report.header(study, study_store.names_of_files(from_flat(study_grid.cells(study)[0].options)))
 
 
 def refuse_what_cannot_run(study: study_grid.Study) -> None:
@@ -137,8 +142,7 @@ class Runner:
         precision = study.base.get("precision", "auto")
         number = pick_autocast(precision, pick_device(study.base.get("device", "auto"), 0))
         self.machine = study_store.machine("fp32" if number is None else str(number).removeprefix("torch."))
-        files = study_store.names_of_files(from_flat(study_grid.cells(study)[0].options))
-        self.header = study_report.header(study, files)
+        self.header = header(study)
         study_store.refuse_other_files(store.path, store.lines(), self.header)
 
     def go(self) -> int:

@@ -46,9 +46,9 @@ def write(results: Results, folder: Path) -> dict[str, Path]:
     import matplotlib as mpl
 
     mpl.use("Agg")
-    drawn = {}
+    drawn, swept = {}, results.study.select
     for name, title, draw in (
-        ("accuracy", "Top-1 accuracy; hollow where no rate of the sweep trained", accuracy),
+        ("accuracy", "Top-1 accuracy" + ("; hollow where no rate of the sweep trained" if swept else ""), accuracy),
         ("curves", "Accuracy on augmented training images while training", curves),
         ("rates", "Top-1 on the images held out, against the learning rate", rates),
         ("trust", "Trust ratios of every tensor, one seed; dashed: biases and BatchNorm", trust),
@@ -94,10 +94,10 @@ def _legend(figure: Any, frames: list[Any]) -> None:
     )
 
 
-def _width(study: Study, label: str) -> float:
-    """Later arms are thinner, so that one shows that has the same values as a later one."""
-    labels = list(study.axes[study.series])
-    return 1.0 + 0.4 * (len(labels) - 1 - labels.index(label))
+def _line(study: Study, label: str) -> Line:
+    """Dashed in turn: where two arms have the same values, both show."""
+    style = ("-", "--", ":", "-.")[list(study.axes[study.series]).index(label) % 4]
+    return {"color": _colour(study, label), "label": label, "linestyle": style}
 
 
 def _by(cells: list[Cell], key: Callable[[Cell], str]) -> dict[str, list[Cell]]:
@@ -169,11 +169,7 @@ def curves(results: Results) -> Any:
             histories = [run["train_top1"] for run in results.of(cell) if run["state"] != "diverged"]
             if histories:
                 mean = np.mean(histories, axis=0)
-                label = cell.labels[study.series]
-                frame.plot(
-                    range(1, len(mean) + 1), mean, color=_colour(study, label), label=label,
-                    linewidth=_width(study, label),
-                )  # fmt: skip
+                frame.plot(range(1, len(mean) + 1), mean, **_line(study, cell.labels[study.series]))
         frame.set_xlabel("epoch", fontsize=8)
     _legend(figure, frames)
     frames[0].set_ylabel("training top-1, %")
@@ -193,8 +189,7 @@ def rates(results: Results) -> Any:
             rate, label = study_grid.plan_of(cell.options).rate.peak, cell.labels[study.series]
             points = [(f * rate, s) for f, s in results.scores(cell).items() if s is not None]
             sound, lost = [p for p in points if p[1] >= 0], [p for p in points if p[1] < 0]
-            style = {"color": _colour(study, label), "label": label, "linewidth": _width(study, label)}
-            frame.plot(*zip(*sound, strict=True), marker=".", **style) if sound else None
+            frame.plot(*zip(*sound, strict=True), marker=".", **_line(study, label)) if sound else None
             frame.plot([p[0] for p in lost], [0] * len(lost), "x", color=_colour(study, label))
         frame.set_xscale("log")
         frame.set_xlabel("learning rate", fontsize=8)
@@ -205,6 +200,7 @@ def rates(results: Results) -> Any:
 
 def trust(results: Results) -> Any:
     """One frame for each cell with adapted tensors: a line per tensor, dark near the images, bright near the loss."""
+    import torch
     from matplotlib import colormaps
 
     from dist_lars.models import build
@@ -215,13 +211,14 @@ def trust(results: Results) -> Any:
         return None
     traced.sort(key=lambda pair: order(study, pair[0]))
     networks = {run["options"]["model.name"] for _, run in traced}
-    dimensions = {n: {k: p.ndim for k, p in build(n, num_classes=10).named_parameters()} for n in networks}
+    with torch.device("meta"):
+        dimensions = {n: {k: p.ndim for k, p in build(n, num_classes=10).named_parameters()} for n in networks}
     figure, frames = _frames([c.key for c, _ in traced], 5)
     for frame, (_, run) in zip(frames, traced, strict=False):
         ratios = run["trust_ratios"]
         for depth, (name, values) in enumerate(ratios.items()):
             colour = colormaps["viridis"](0.95 * depth / max(1, len(ratios) - 1))
-            style = "--" if dimensions[run["options"]["model.name"]][name] == 1 else "-"
+            style = "--" if dimensions[run["options"]["model.name"]].get(name) == 1 else "-"
             frame.plot(run["trust_steps"], values, linewidth=0.8, color=colour, linestyle=style)
         frame.set_yscale("log")
         frame.set_xlabel("step", fontsize=8)

@@ -115,10 +115,12 @@ class Results:
         return [accuracy(run) for run in self.of(cell)]
 
     def trained(self, cell: Cell) -> bool:
-        """Whether some rate of its sweep learned anything; True where rates were not chosen."""
-        swept = self.of(cell, "select")
-        best = max((s for s in self.scores(cell).values() if s is not None), default=0.0)
-        return not swept or best >= 100 / swept[0]["classes"] + LEARNED
+        """Whether some rate of its sweep learned anything; True while no rate is chosen."""
+        factor = study_grid.chosen(self.study, cell, self.factors[cell.key], self.records)
+        if factor is None:
+            return True
+        score = study_grid.score(self.study, cell, factor, self.records) or 0.0
+        return score >= 100 / self.of(cell, "select")[0]["classes"] + LEARNED
 
     def scores(self, cell: Cell) -> dict[float, float | None]:
         """{factor: accuracy on the images held out}."""
@@ -257,6 +259,7 @@ def _losses(results: Results) -> str:
         if not test:
             continue
         row = {**cell.labels, "steps per epoch": _steps(cell), "against": base.labels[x], **_points(test)}
+        row[study.series] += _untrained(results, cell, base)
         if study.report.get("reference"):
             own = study.reference(cell.labels[study.series])
             ours, ours_base = (at[tuple((c.labels | {study.series: own}).items())] for c in (cell, base))

@@ -96,13 +96,17 @@ def _refuse_other_images(path: Path, lines: list[Line], run: Line) -> None:
 
 def _same_images(a: Line, b: Line) -> bool:
     """By what the studies say, and by their files where both have seen them: JPEG copies are not the PNG originals."""
-    return a.get("data") == b.get("data") and len({a.get("files"), b.get("files")} - {None}) < 2
+    return a.get("data") == b.get("data") and not _other_files(a, b)
+
+
+def _other_files(a: Line, b: Line) -> bool:
+    return len({a.get("files"), b.get("files")} - {None}) > 1
 
 
 def refuse_other_files(path: Path, lines: list[Line], study: Line) -> None:
     """As many images of other names, such as the JPEG copies of a PNG folder, are other images."""
     for line in lines:
-        if line["kind"] == "study" and len({line.get("files"), study.get("files")} - {None}) > 1:
+        if line["kind"] == "study" and _other_files(line, study):
             raise UserError(
                 f"{path} holds runs on image files of other names than those of --data.path now: other images belong "
                 f"into other records, --records DIR"

@@ -66,10 +66,11 @@ def _on_first_rank(buffers: list[torch.Tensor], comm: ranks.Comm) -> list[torch.
     """Every rank's buffers as one vector each, on rank 0; [] on the others, for those of 1,024 ranks are 220 MB."""
     # From the host's memory: a GPU's tensor would arrive on that GPU, where every other rank would open a context.
     flat = torch.cat([b.detach().reshape(-1) for b in buffers] or [torch.zeros(0)]).cpu()
-    found = [  # clones: a view would be sent with all that it is a view of
-        comm.gather(piece.clone(), "buffers of all ranks")[: comm.size if comm.rank == 0 else 0]
-        for piece in flat.split(max(1, GATHERED // comm.size))
-    ]
+    found = []
+    for piece in flat.split(max(1, GATHERED // comm.size)):
+        said = comm.gather(piece.clone(), "buffers of all ranks")  # a view would be sent with all that it is a view of
+        if comm.rank == 0:
+            found.append(said)
     return [torch.cat(pieces) for pieces in zip(*found, strict=True)]
 
 

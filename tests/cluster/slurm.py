@@ -132,13 +132,17 @@ class Slurm:
         self.net[name].start(path, *words, log=log, SLURM_CONF=str(self.folder / "slurm.conf"))
 
     def lose(self, name: str) -> None:
-        """A node dies, and comes back with nothing on it; SLURM is told at once, which finds it after SlurmdTimeout."""
+        """A node dies, and comes back with nothing on it; SLURM, which finds out after SlurmdTimeout, is told."""
         self.on("scontrol", "update", f"NodeName={name}", "State=DOWN", "Reason=test")
-        while lost := [pid for pid, line in self.net[name].processes().items() if "sshd" not in line]:
-            for pid in lost:
+
+        def dead() -> bool:
+            left = [pid for pid, line in self.net[name].processes().items() if line and "sshd" not in line]
+            for pid in left:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
-            time.sleep(0.1)
+            return not left
+
+        until(dead, f"the end of all processes on {name}")
         # as on a node without a disk: over the files of a job's first start PMIx stumbles in its next
         self.net[name].run("find", f"{self.folder}/spool.{name}", f"{self.folder}/local", "-mindepth", "1", "-delete")
         self._daemon(name, "slurmd", "-D", "-N", name)

@@ -84,13 +84,15 @@ def test_all_of_a_run_comes_back():
 
 
 class Echo(OneOf):
-    """A rank whose fellows all say what it says; it notes how much that is."""
+    """A rank whose fellows say what it says, plus their number; it notes how many bytes that would be."""
 
     heard = 0
 
     def gather(self, value, name):
-        self.heard = max(self.heard, self.size * getattr(value, "nelement", lambda: 0)())
-        return self.size * [value]
+        if not isinstance(value, torch.Tensor):
+            return self.size * [value]
+        self.heard = max(self.heard, self.size * value.untyped_storage().nbytes())
+        return [value + rank for rank in range(self.size)]
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -101,9 +103,9 @@ def test_buffers_are_kept_by_the_first_rank_alone_and_come_in_pieces(rank, monke
     buffers = capture(job, CONFIG, CLASSES, Progress(), counts)["buffers"]
     own = torch.cat([b for b in job.model.buffers() if b.is_floating_point()])
     assert len(own) == 10
-    assert job.comm.heard == 9
+    assert job.comm.heard == 9 * 4
     assert len(buffers) == (3 if rank == 0 else 0)
-    assert all(b.dtype == torch.float32 and torch.equal(b, own) for b in buffers)
+    assert all(b.dtype == torch.float32 and torch.equal(b, own + n) for n, b in enumerate(buffers))
 
 
 def of_two_ranks() -> dict:

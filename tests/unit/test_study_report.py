@@ -123,13 +123,23 @@ def test_an_edge_that_lies_inside_the_sweep_of_another_arm_is_told_so(tmp_path):
 @pytest.mark.parametrize(("best", "told"), [(12.9, True), (13.0, False)])
 def test_a_sweep_that_learned_nothing_has_chosen_nothing(tmp_path, best, told):
     wanted = study(tmp_path, select={**TINY["select"], "extend": 0})
-    found = finish(wanted, lambda run: (best if run.cell.key == "64 | SGD" else 40.0) - abs(run.factor - 1))
+    found = finish(
+        wanted, lambda run: (best if run.cell.key == "64 | SGD" else 40.0) - abs(run.factor - 1) + run.seed / 10
+    )
     text = study_report._rates(study_report.Results(wanted, found))
     assert text.count("nothing learned") == told
     assert ("64 | SGD: guessing gives 10" in text) == told
     text = study_report.tables(study_report.Results(wanted, found))
     assert ("| LARS - SGD, no rate trained |" in text) == told  # its row at 64
-    assert text.count("no rate trained") == 2 * told  # and its cell of the first table
+    assert ("| 256 | SGD, no rate trained |" in text) == told  # what it gains from there
+    assert text.count("no rate trained") == 3 * told  # and its cell of the first table
+
+
+def test_a_sweep_that_is_not_over_is_not_judged(tmp_path):
+    wanted = study(tmp_path)
+    first = study_grid.runs(wanted, {})[0]
+    text = study_report.tables(study_report.Results(wanted, {first.id: record(first, 10.0)}))
+    assert "no rate trained" not in text
 
 
 def test_a_difference_without_spread_has_a_row_and_no_part_in_the_correction(tmp_path):
