@@ -95,8 +95,9 @@ def _legend(figure: Any, frames: list[Any]) -> None:
 
 
 def _line(study: Study, label: str) -> Line:
-    """Dashed in turn: where two arms have the same values, both show."""
-    style = ("-", "--", ":", "-.")[list(study.axes[study.series]).index(label) % 4]
+    """The first one solid, the others dashed in turn: where arms have the same values, several show."""
+    number = list(study.axes[study.series]).index(label)
+    style = ("--", ":", "-.")[number % 3] if number else "-"
     return {"color": _colour(study, label), "label": label, "linestyle": style}
 
 
