@@ -46,7 +46,9 @@ def main(argv: list[str] | None = None) -> None:
         study = study_grid.load(args.study, "data.path" in overrides, overrides)
         store = study_store.Store(args.records, study.name, shared=args.of > 1)
         if args.list:
-            others = {name: line for name, (line, _) in store.elsewhere(header(study)).items()}
+            here = "data.path" in overrides or "DIST_LARS_DATA" in os.environ  # else any images will do
+            asked = header(study) if here else study_report.header(study)
+            others = {name: line for name, (line, _) in store.elsewhere(asked).items()}
             print(study_report.to_do(study, others | store.runs()))
             return
         code = 0

@@ -77,6 +77,18 @@ def test_records_of_other_files_are_not_taken(tmp_path, other, monkeypatch):
         runner(study(tmp_path, axes=MINE), tmp_path)
 
 
+def test_what_there_is_to_do_is_told_before_there_are_images(tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("DIST_LARS_DATA", raising=False)
+    data = TINY["base"]["data"] | {"kind": "folder"}
+    study(tmp_path, base=TINY["base"] | {"data": data})
+    words = [str(tmp_path / "tiny.yaml"), "--records", str(tmp_path / "records"), "--list"]
+    command.main(words)
+    assert "0 runs done" in capsys.readouterr().out
+    with pytest.raises(SystemExit):  # images that are named are looked at
+        command.main([*words, "--data.path", str(tmp_path / "none")])
+    assert "none does not exist" in capsys.readouterr().err
+
+
 def test_a_report_of_nothing_says_so(tmp_path, capsys):
     study(tmp_path)
     words = [str(tmp_path / "tiny.yaml"), "--records", str(tmp_path / "none"), "--report"]
