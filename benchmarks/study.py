@@ -127,6 +127,10 @@ def _once(runs: list[study_grid.Run]) -> list[study_grid.Run]:
     return list({run.id: run for run in runs}.values())
 
 
+def _words(run: study_grid.Run) -> str:
+    return f"{run.cell.key}, {run.stage}, {run.factor:g} x, seed {run.seed}"
+
+
 class Runner:
     """Threads that each take the next free run, train it in a process and record it."""
 
@@ -256,8 +260,7 @@ class Runner:
             self.stop = self.stop or str(status.get("reason"))
         else:
             output = (self.work / f"{run.id}.log").read_text(encoding="utf-8", errors="replace").strip()
-            which = f"{run.cell.key}, {run.stage}, {run.factor:g} x, seed {run.seed}"
-            self._set_aside(run.id, f"{which}: exit code {code}: {output[-600:]}")
+            self._set_aside(run.id, f"{_words(run)}: exit code {code}: {output[-600:]}")
         self._release(run)
 
     def _release(self, run: study_grid.Run) -> None:
@@ -299,7 +302,7 @@ class Runner:
             self.changed.notify_all()
 
     def _say(self, run: study_grid.Run, what: str) -> None:
-        print(f"{run.id} {run.cell.key}, {run.stage}, {run.factor:g} x, seed {run.seed}: {what}", flush=True)
+        print(f"{run.id} {_words(run)}: {what}", flush=True)
 
 
 if __name__ == "__main__":

@@ -116,11 +116,10 @@ class Results:
 
     def trained(self, cell: Cell) -> bool:
         """Whether some rate of its sweep learned anything; True while no rate is chosen."""
-        factor = study_grid.chosen(self.study, cell, self.factors[cell.key], self.records)
-        if factor is None:
+        scores = [score for score in self.scores(cell).values() if score is not None]
+        if not scores or len(scores) < len(self.factors[cell.key]):
             return True
-        score = study_grid.score(self.study, cell, factor, self.records) or 0.0
-        return score >= 100 / self.of(cell, "select")[0]["classes"] + LEARNED
+        return max(scores) >= 100 / self.of(cell, "select")[0]["classes"] + LEARNED
 
     def scores(self, cell: Cell) -> dict[float, float | None]:
         """{factor: accuracy on the images held out}."""
