@@ -75,7 +75,7 @@ fmt: install  ## format the code and repair what lint can repair
 	ruff format .
 	ruff check --fix .
 
-tables: install  ## write the tables of README.md anew, from benchmarks/records
+tables: install  ## write the tables of README.md and docs anew, from benchmarks/records
 	python -m benchmarks.tables
 
 doctor: install  ## say what works on this machine, and how to repair what does not

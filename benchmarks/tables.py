@@ -1,20 +1,23 @@
-"""`python -m benchmarks.tables`: write the tables of README.md anew, out of benchmarks/records.
+"""`python -m benchmarks.tables`: write the tables of README.md and docs/ anew, out of benchmarks/records.
 
-A table stands between `<!-- table: NAME -->` and `<!-- end -->`; NAME is a function here. A test holds README.md
-against what this would write.
+A table stands between `<!-- table: NAME -->` and `<!-- end -->`; NAME is a function here, or `study_` and the name of a
+study. A test holds the pages against what this would write.
 """
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from benchmarks import record, show
 from benchmarks.scaling_results import shown, spread
 
-README = Path(__file__).parent.parent / "README.md"
+ROOT = Path(__file__).parent.parent
+PAGES = tuple(ROOT / name for name in ("README.md", "docs/scaling.md", "docs/evidence.md"))
 MARKS = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.S)
 
 
@@ -140,6 +143,12 @@ def overlap() -> str:
     return show.markdown(rows) + "".join(_link(f"step_{body['model']}") for body in found)
 
 
+def study(name: str) -> str:
+    """The accuracies of a study, from its report; another test holds that against the records."""
+    report = (ROOT / f"benchmarks/records/study-{name}.md").read_text(encoding="utf-8")
+    return report.split("\n## Top-1 accuracy, %\n\n")[1].split("\n\n")[0] + _report(name)
+
+
 TABLES: Mapping[str, Callable[[], str]] = {
     f.__name__: f
     for f in (
@@ -156,7 +165,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
         overlap,
         tune,
     )
-}
+} | {f"study_{path.stem}": partial(study, path.stem) for path in (ROOT / "benchmarks/studies").glob("*.yaml")}
 
 
 def _record(name: str) -> dict[str, Any] | None:
@@ -177,13 +186,19 @@ def _link(name: str, *kinds: str) -> str:
     return f"\n\n({', '.join(links)})"
 
 
+def _report(name: str) -> str:
+    return f"\n\n([report and plots](benchmarks/records/study-{name}.md), [study](benchmarks/studies/{name}.yaml))"
+
+
 def _size(mb: float) -> str:
     return f"{mb * 1e6:.0f} bytes" if mb < 1e-3 else f"{mb * 1e3:.0f} kB" if mb < 1 else f"{mb:.0f} MB"
 
 
-def filled(text: str) -> str:
-    """The text with every marked table written anew."""
-    return MARKS.sub(lambda m: f"{m[1]}\n{TABLES[m[2]]()}\n\n{m[3]}", text)
+def filled(text: str, page: Path) -> str:
+    """The text of a page with every marked table written anew, its links led from there."""
+    up = os.path.relpath(ROOT, page.parent)
+    new = MARKS.sub(lambda m: f"{m[1]}\n{TABLES[m[2]]()}\n\n{m[3]}", text)
+    return new.replace("](benchmarks/", f"]({up}/benchmarks/") if up != "." else new
 
 
 def names(text: str) -> Iterable[str]:
@@ -192,12 +207,14 @@ def names(text: str) -> Iterable[str]:
 
 
 def main() -> None:
-    """Rewrite README.md where a table is not current."""
-    text = README.read_text(encoding="utf-8")
-    new = filled(text)
-    if new != text:
-        README.write_text(new, encoding="utf-8")
-    print(f"README.md: {len(list(names(text)))} tables, {'written anew' if new != text else 'all current'}")
+    """Rewrite each page where a table is not current."""
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        new = filled(text, page)
+        if new != text:
+            page.write_text(new, encoding="utf-8")
+        said = "written anew" if new != text else "all current"
+        print(f"{page.relative_to(ROOT)}: {len(list(names(text)))} tables, {said}")
 
 
 if __name__ == "__main__":

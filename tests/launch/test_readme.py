@@ -1,4 +1,4 @@
-"""README.md stays true: its commands exist and start, its messages are the program's, its links lead somewhere."""
+"""README.md and docs/ stay true: commands exist and start, messages are the program's, links lead somewhere."""
 
 import importlib.util
 import os
@@ -15,6 +15,7 @@ from dist_lars.config import LEAVES
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+TEXT = "".join(path.read_text() for path in PAGES)
 SOURCES = [
     ROOT / "Makefile", ROOT / "slurm/common.sh", ROOT / "docker/Dockerfile", *(ROOT / "dist_lars").rglob("*.py")
 ]  # fmt: skip
@@ -72,7 +73,7 @@ def test_the_option_exists(name):
     assert name in LEAVES or name in others
 
 
-@pytest.mark.parametrize(("module", "words"), sorted(set(re.findall(BENCHMARK, README))))
+@pytest.mark.parametrize(("module", "words"), sorted(set(re.findall(BENCHMARK, TEXT))))
 def test_the_benchmark_has_these_options(module, words):
     source = (ROOT / "benchmarks" / f"{module}.py").read_text()
     source += (ROOT / "benchmarks/group.py").read_text() if "launch_options(parser)" in source else ""
@@ -81,7 +82,7 @@ def test_the_benchmark_has_these_options(module, words):
         assert f'"--{name}"' in source, f"benchmarks.{module} has no --{name}"
 
 
-@pytest.mark.parametrize("module", sorted(set(re.findall(r"python -m (dist_lars\.\w+)", README))))
+@pytest.mark.parametrize("module", sorted(set(re.findall(r"python -m (dist_lars\.\w+)", TEXT))))
 def test_the_module_is_there(module):
     assert importlib.util.find_spec(module)
 
@@ -122,7 +123,7 @@ def test_links_lead_to_files(page):
         assert (page.parent / target).exists(), target
 
 
-@pytest.mark.parametrize("number", sorted(set(re.findall(r"\d+\.\d+ ± \d+\.\d+ \(\d+\)", " ".join(README.split())))))
+@pytest.mark.parametrize("number", sorted(set(re.findall(r"\d+\.\d+ ± \d+\.\d+ \(\d+\)", " ".join(TEXT.split())))))
 def test_an_accuracy_with_its_spread_is_one_of_a_study(number):
     reports = [path.read_text() for path in (ROOT / "benchmarks/records").glob("study-*.md")]
     assert any(number in text for text in reports)
