@@ -7,6 +7,7 @@ print(api.evaluate(result.run_dir, "path/to/images"))
 """
 
 import dataclasses
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,6 +41,15 @@ def train(config: Config, comm: Comm | None = None) -> Result:
     """
     comm = comm or start_ranks(config)
     ranks.assert_same(comm, "\n".join(_lines(config)), "the configuration")  # before the ranks go ways that it tells
+    with ExitStack() as held:
+        run = _prepare(config, comm, held)
+        result = run.go()
+        inputs.leave(config, comm, run.sets)
+    return result
+
+
+def _prepare(config: Config, comm: Comm, held: ExitStack) -> Run:
+    """All that comes before the first step; `held`: rank 0's lock of the run's directory, and the signals."""
     device = pick_device(config.device, comm.local_rank)
     autocast = pick_autocast(config.precision, device)
     cores = cores_per_rank(comm)
@@ -49,25 +59,21 @@ def train(config: Config, comm: Comm | None = None) -> Result:
     sets = inputs.open_sets(config, comm, cores)
     plan = ranks.on_every_rank(comm, lambda: make_plan(config, comm.size, len(sets.train), len(sets.val)), "plan")
     ranks.assert_same(comm, f"computes in {autocast}\n{plan}", "the plan")
-    locks: list[Any] = []  # rank 0's, held until the run has ended
 
     def own_run_dir() -> str:
         run_dir, lock = open_run_dir(config)
-        locks.append(lock)
+        held.enter_context(lock)
         return str(run_dir)
 
     run_dir = Path(ranks.on_first_rank(comm, own_run_dir, "run_dir"))
     job = ranks.on_every_rank(comm, lambda: make_job(config, comm, plan, len(sets.classes), device, autocast), "job")
     run = Run(config, job, sets, run_dir, workers)
+    held.push(run.supervisor.leave)
     _resume(run, config, run_dir)
     ranks.on_first_rank(comm, lambda: write_config(config, run_dir), "config.yaml")
     ranks.sync_parameters(job.model, comm)
     run.supervisor.compare_replicas(run.progress.step)
-    result = run.go()
-    inputs.leave(config, comm, sets)
-    for lock in locks:
-        lock.close()
-    return result
+    return run
 
 
 def start_ranks(config: Config) -> Comm:

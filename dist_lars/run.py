@@ -78,13 +78,12 @@ class Run:
             while not self._train():
                 continue  # rolled back: once more, from the last checkpoint
             return self._finish()
-        except Stopped as e:  # signals stay ours: launchers send several, and the exit code shall be that of a stop
+        except Stopped as e:
             self._end_log("stop", step=e.step, reason=e.reason)
             self._status("stopped", reason=e.reason)
             raise
         except BaseException as e:
             self._failed(f"{type(e).__name__}: {e}")
-            self.supervisor.notes.release()
             raise
         finally:
             self.watchdog.stop()
@@ -256,7 +255,6 @@ class Run:
         )
         self._end_log("end", **result._asdict())
         self._status("finished", top1=result.top1)
-        self.supervisor.notes.release()
         return result
 
     def _log_trust_ratios(self, step: int) -> None:

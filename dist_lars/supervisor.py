@@ -46,6 +46,11 @@ class Supervisor:
         self.noted_at, self.step_seconds, self.evaluate_seconds = time.monotonic(), 0.0, 0.0
         self.pending = self.comm.sum_later([0, 0])
 
+    def leave(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Give the signals back, unless the run was stopped: launchers send several, and its exit code shall tell."""
+        if kind is not Stopped:
+            self.notes.release()
+
     def agreed(self) -> tuple[bool, bool]:
         """(stop, save) as all ranks' notes of the step before say; the same on all ranks."""
         self.step_seconds = max(self.step_seconds, time.monotonic() - self.noted_at)

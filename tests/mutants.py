@@ -173,7 +173,8 @@ MUTANTS = [
     Mutant(ENGINE, "    elif job.ema is not None:", "    if job.ema is not None:", "tests/unit/test_guards.py::test_an_overflow_under_loss_scaling_leaves_sums_and_averages_alone"),
     Mutant(ENGINE, "waited[slowest] /", "waited[0] /", "tests/unit/test_guards.py::test_the_report_names_the_slowest_rank"),
     Mutant("dist_lars/guards.py", "key(row) != key(per_rank[0])", "False", "tests/unit/test_guards.py::test_the_first_difference_is_named"),
-    Mutant("dist_lars/run.py", "        self.supervisor.notes.release()\n        return result", "        return result", "tests/launch/test_learning.py::test_it_learns_the_digits[sgd]"),
+    Mutant("dist_lars/api.py", "    held.push(run.supervisor.leave)\n", "", "tests/unit/test_api_weights.py::test_a_run_that_was_refused_holds_neither_directory_nor_signals[resume.from]"),
+    Mutant("dist_lars/api.py", "        held.enter_context(lock)\n", "        own_run_dir.kept = lock\n", "tests/unit/test_api_weights.py::test_a_run_that_was_refused_holds_neither_directory_nor_signals[resume.from]"),
     Mutant("dist_lars/stopping.py", "        if self.signal is not None:\n            os._exit(EXIT_STOPPED)\n", "", "tests/unit/test_stopping.py::test_a_signal_is_noted_and_a_second_one_ends_the_process"),
     # Networks and recipes.
     Mutant(ALEXNET, "alpha=5 * 1e-4", "alpha=1e-4", f"{MODELS}::test_response_normalisation_is_the_papers"),

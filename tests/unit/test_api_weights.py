@@ -1,11 +1,14 @@
 """`model.weights` starts a run from a file, and only its start."""
 
+import signal
+
 import pytest
 import torch
 
 from dist_lars import api, checkpoint
 from dist_lars.cli import load_config
 from dist_lars.errors import UserError
+from dist_lars.stopping import SIGNALS
 
 SMALL = {
     "data.kind": "synthetic", "data.image_size": 16, "data.resize": 16, "data.train_images": 16, "data.val_images": 8,
@@ -50,6 +53,20 @@ def test_a_start_that_was_refused_leaves_no_run_behind(tmp_path):
         run(tmp_path / option, epochs=1)
         with pytest.raises(UserError, match="holds another run"):
             run(tmp_path / option, epochs=2)
+
+
+@pytest.mark.parametrize("option", ["resume.from", "optim.lr"])
+def test_a_run_that_was_refused_holds_neither_directory_nor_signals(tmp_path, option):
+    """A notebook keeps the exception, with all that its frames hold, and tries again."""
+    if option == "optim.lr":
+        run(tmp_path, epochs=1)
+    before = [signal.getsignal(number) for number in SIGNALS]
+    value = {"resume.from": str(tmp_path / "nowhere.pt"), "optim.lr": 9.0}[option]
+    with pytest.raises(UserError, match="does not exist|holds another run") as kept:
+        run(tmp_path, epochs=1, **{option: value})
+    assert [signal.getsignal(number) for number in SIGNALS] == before
+    run(tmp_path, epochs=1)
+    assert kept.tb
 
 
 @pytest.mark.parametrize("deterministic", [True, False])
