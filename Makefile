@@ -52,7 +52,7 @@ test-docker: install  ## build the image and try it out; without an engine by bu
 	python -m pytest -m docker tests/docker $(ARGS)
 
 test-studies: install  ## run small benchmarks and studies: kill and continue them, share them, on ranks (ten minutes)
-	python -m pytest -m studies tests/launch/test_benchmarks.py tests/launch/test_study.py $(ARGS)
+	python -m pytest -m studies tests/launch $(ARGS)
 
 test-install: install  ## build Horovod by other compilers, CMakes and MPIs (ten minutes)
 	python -m pytest -m install $(ARGS)

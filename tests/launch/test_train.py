@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ def quickstart(tmp_path_factory):
     from tests.conftest import run_command
 
     folder = tmp_path_factory.mktemp("first")
-    words = ["horovodrun", "-np", "2", *TRAIN, "--preset", "quickstart", "--epochs", "3", "--run_dir", "run"]
+    words = ["horovodrun", "-np", "2", *TRAIN, "--preset", "quickstart", "--epochs", "2", "--run_dir", "run"]
     done = run_command(words, 170, cwd=folder, DIST_LARS_CACHE=str(folder / "cache"))
     assert done.returncode == 0, done.stdout[-3000:]
     return folder, done.stdout
@@ -35,7 +36,7 @@ def test_the_first_run_tells_what_it_does(quickstart):
         "plan of quickstart",
         "peak learning rate: ",
         "images/s",
-        "epoch 3: top-1",
+        "epoch 2: top-1",
         "finished: top-1",
         "run/log.jsonl",
     ):
@@ -45,14 +46,14 @@ def test_the_first_run_tells_what_it_does(quickstart):
     assert list((folder / "run" / "tensorboard").iterdir())
     assert [line["kind"] for line in runlog.read(folder / "run") if line["kind"] != "train"] == [
         "start",
-        *3 * ["eval"],
+        *2 * ["eval"],
         "end",
     ]
 
 
 def test_the_first_run_learns(quickstart):
     folder, _ = quickstart
-    assert runlog.read(folder / "run", "eval")[-1]["top1"] > 80
+    assert runlog.read(folder / "run", "eval")[-1]["top1"] > 60
     losses = [line["loss"] for line in runlog.read(folder / "run", "train")]
     assert losses[-1] < losses[0] / 2  # of the least, 0.5, that label smoothing leaves
 
@@ -73,7 +74,7 @@ def test_a_checkpoint_evaluates_to_what_the_log_says(quickstart, command):
 
 def test_a_finished_run_is_not_trained_again(quickstart, command):
     folder, _ = quickstart
-    again = ("--preset", "quickstart", "--epochs", "3", "--run_dir", str(folder / "run"))
+    again = ("--preset", "quickstart", "--epochs", "2", "--run_dir", str(folder / "run"))
     done = command(*TRAIN, *again, DIST_LARS_CACHE=str(folder / "cache"))
     assert done.returncode == 0
     steps = runlog.read(folder / "run", "end")[0]["step"]
@@ -159,8 +160,10 @@ def test_wrong_input_is_refused_without_a_traceback(command, image_folder, tmp_p
         ("--data.path", str(image_folder), "--batch_size", "128"): "batch_size 128 is larger than the 24",
         ("--data.kind", "synthetic", "--precision", "fp16", "--device", "cpu"): "fp16 needs CUDA",
     }  # fmt: skip
-    for words, message in cases.items():
-        assert message in refusal(command(*TRAIN, *words, DIST_LARS_DATA="")), words
+    with ThreadPoolExecutor(2) as two:
+        done = two.map(lambda words: command(*TRAIN, *words, DIST_LARS_DATA=""), cases)
+        for (words, message), one in zip(cases.items(), done, strict=True):
+            assert message in refusal(one), words
 
 
 def test_no_data_says_so_soon(command):
@@ -195,7 +198,7 @@ def test_a_checkpoint_of_another_model_is_refused(quickstart, command, image_fol
     folder, _ = quickstart
     path = str(checkpoint.find(folder / "run"))
     cache = {"DIST_LARS_CACHE": str(folder / "cache")}
-    words = (*TRAIN, "--preset", "quickstart", "--epochs", "3", "--resume.from", path)
+    words = (*TRAIN, "--preset", "quickstart", "--epochs", "2", "--resume.from", path)
     other = command(*words, "--model.name", "resnet34", **cache)
     assert "is of a run with other options or images (model.name: resnet18 -> resnet34)" in refusal(other)
     evaluated = command("python", "-m", "dist_lars.evaluate", "--checkpoint", path, "--data.path", str(image_folder))
