@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -79,17 +80,22 @@ def test_a_signal_saves_under_torchrun_and_the_run_continues_there(command, imag
 
 
 def test_wrong_launches_are_refused_with_the_way_out(command, image_folder):
-    data = ("--data.path", str(image_folder))
-    done = command(*TORCHRUN, "2", *TRAIN, *OPTIONS, *data)
-    assert done.returncode != 0
-    assert done.stdout.count("started by torchrun, which Horovod does not know: add --comm.backend torch") == 1
-    done = command(*LAUNCHERS["gloo"], "2", *TRAIN, *OPTIONS, *data, "--comm.backend", "torch")
-    assert done.returncode != 0
-    assert "horovodrun does not tell the ranks where to meet for comm.backend torch" in done.stdout
-    done = command(*TRAIN, *OPTIONS, *data, "--comm.backend", "torch", "--comm.cycle_ms", "5")
-    assert "error: comm.cycle_ms is a knob of Horovod's: leave it out with comm.backend torch" in done.stdout
-    done = command(*TRAIN, *OPTIONS, *data, "--comm.backend", "torch", DIST_LARS_RANKS="2")
-    assert "DIST_LARS_RANKS=2 says that 2 ranks were started, but this process sees 1" in done.stdout
+    line = (*TRAIN, *OPTIONS, "--data.path", str(image_folder))
+    by_torch = (*line, "--comm.backend", "torch")
+    with ThreadPoolExecutor(2) as two:
+        horovod = two.submit(command, *TORCHRUN, "2", *line)
+        gloo = two.submit(command, *LAUNCHERS["gloo"], "2", *by_torch)
+        knob = two.submit(command, *by_torch, "--comm.cycle_ms", "5")
+        alone = two.submit(command, *by_torch, DIST_LARS_RANKS="2")
+    for done, message in (
+        (horovod, "started by torchrun, which Horovod does not know: add --comm.backend torch"),
+        (gloo, "horovodrun does not tell the ranks where to meet for comm.backend torch"),
+        (knob, "error: comm.cycle_ms is a knob of Horovod's: leave it out with comm.backend torch"),
+        (alone, "DIST_LARS_RANKS=2 says that 2 ranks were started, but this process sees 1"),
+    ):
+        assert done.result().returncode != 0
+        assert message in done.result().stdout
+    assert horovod.result().stdout.count("started by torchrun") == 1  # by one rank
 
 
 def test_tasks_of_srun_meet_without_mpi(tmp_path):
