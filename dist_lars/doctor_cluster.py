@@ -132,8 +132,8 @@ def check_alone(roll: Roll) -> None:
 
 
 def leave(text: str, code: int) -> NoReturn:
-    """Say it and end this rank; launchers kill all others at the first exit, so let them speak too."""
-    print(text, file=sys.stderr, flush=True)
+    """Say it, if there is a word, and end this rank; launchers kill all at the first exit: let others speak, too."""
+    print(text, end="\n" * bool(text), file=sys.stderr, flush=True)
     time.sleep(1)
     os._exit(code)
 
