@@ -8,6 +8,7 @@ import argparse
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from PIL.Image import Image
 from tqdm import tqdm
@@ -24,6 +25,16 @@ def write_folder(images: Iterable[tuple[Image, int]], classes: list[str], folder
     aside.rename(folder)
 
 
+def _download(dataset: Any, folder: Path, train: bool) -> Any:
+    try:
+        return dataset(str(folder), train=train, download=True)
+    except (OSError, RuntimeError) as e:  # no network; a file that is not what it should be
+        raise SystemExit(
+            f"error: CIFAR-10 cannot be downloaded from {dataset.url}: {getattr(e, 'reason', e)}; without internet put "
+            f"{dataset.filename} into {folder} and start again"
+        ) from None
+
+
 def main() -> None:
     """Download, and write what is missing."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -33,7 +44,7 @@ def main() -> None:
 
     for name in ("train", "val"):
         if not (folder / name).exists():
-            images = CIFAR10(str(folder / ".download"), train=name == "train", download=True)
+            images = _download(CIFAR10, folder / ".download", name == "train")
             write_folder(tqdm(images, name, unit="image"), images.classes, folder / name)
     print(f"{folder} is ready: --data.path {folder}")
 

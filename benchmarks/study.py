@@ -8,11 +8,12 @@
 Each run is a process of its own, `python -m dist_lars.train`, or ranks that `--launch "horovodrun -np 2"` starts. A run
 that is finished is a line of benchmarks/records/study-NAME.jsonl and is never repeated, nor is one that another study
 of the same images has there; start the same command again after any interruption. Several processes, also on several
-nodes, may work on one study: they take what is free. Options of the trainer (`--epochs 2`, `--data.workers 4`) hold for
-every run.
+nodes, may work on one study: they take what is free. Ctrl-C lets runs save what they have. Options of the trainer
+(`--epochs 2`, `--data.workers 4`) hold for every run. docs/evidence.md tells how to write a study of your own.
 """
 
 import argparse
+import difflib
 import os
 import shlex
 import shutil
@@ -41,6 +42,7 @@ NEVER = 10**6  # seconds: a run that gets no CPU for an hour is not hanging
 
 def main(argv: list[str] | None = None) -> None:
     """Do what is missing, then report; exit code 1 if a run failed, 75 if it was stopped."""
+    last: list[str] = []
     args, overrides = parse(sys.argv[1:] if argv is None else argv)
     try:
         study = study_grid.load(args.study, "data.path" in overrides, overrides)
@@ -49,19 +51,24 @@ def main(argv: list[str] | None = None) -> None:
             here = "data.path" in overrides or "DIST_LARS_DATA" in os.environ  # else any images will do
             asked = header(study) if here else study_report.header(study)
             others = {name: line for name, (line, _) in store.elsewhere(asked).items()}
-            print(study_report.to_do(study, others | store.runs()))
+            shipped = study_store.Store(record.RECORDS, study.name).runs()
+            print(study_report.to_do(study, others | store.runs(), shipped))
             return
         code = 0
         if not args.report:
             refuse_what_cannot_run(study)
-            code = Runner(study, store, args).go()
+            runner = Runner(study, store, args)
+            code, last = runner.go(), runner.last_words()
         if store.runs():
             print(study_report.write(study, store))
+            print(f"report: {store.path.with_suffix('.md')}, its plots beside it; records: {store.path}", flush=True)
         elif args.report:
             print(f"no run is recorded in {store.path} yet: the same command without --report trains them")
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
         raise SystemExit(2) from None
+    for line in last:
+        print(line, file=sys.stderr)
     raise SystemExit(code)
 
 
@@ -86,11 +93,13 @@ def refuse_what_cannot_run(study: study_grid.Study) -> None:
             raise UserError(f"{cell.key}: {e}") from e
 
 
+class _Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """Keeps the lines of a description, for they show commands."""
+
+
 def parse(argv: list[str]) -> tuple[argparse.Namespace, dict[str, Any]]:
     """(our own options, those of the trainer)."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=_Help, allow_abbrev=False)
     parser.add_argument("study", type=Path, help="a STUDY.yaml")
     parser.add_argument("--workers", type=int, default=1, help="runs at the same time on this machine")
     parser.add_argument("--launch", default="", help='what starts the ranks of a run, e.g. "horovodrun -np 2"')
@@ -103,8 +112,15 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, dict[str, Any]]:
     parser.add_argument("--list", action="store_true", help="say what there is to do, and stop")
     parser.add_argument("--report", action="store_true", help="write the report of what there is, and stop")
     args, rest = parser.parse_known_args(argv)
-    if not 0 <= args.task < args.of or args.workers < 1:
-        parser.error("--task I --of N needs 0 <= I < N, --workers at least 1")
+    if not 0 <= args.task < args.of:
+        parser.error(f"--task {args.task} --of {args.of}: tasks of N are 0 to N - 1")
+    for name in ("workers", "max_runs"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} is {getattr(args, name)}, but it must be at least 1")
+    ours = [f"--{name}" for name in vars(args)]
+    for word in rest:  # before the trainer's options are searched for something like it
+        if close := difflib.get_close_matches(word.partition("=")[0], ours, cutoff=0.85):
+            parser.error(f"unknown option {word}; did you mean {close[0]}?")
     try:
         words = normalise(rest, make_parser("study", ""))
     except UserError as e:
@@ -137,7 +153,12 @@ class Runner:
     def __init__(self, study: study_grid.Study, store: study_store.Store, args: argparse.Namespace) -> None:
         self.study, self.store, self.args = study, store, args
         self.work = args.work / f"study-{study.name}"
-        self.work.mkdir(parents=True, exist_ok=True)
+        store.make()
+        try:
+            self.work.mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            raise UserError(f"--work {args.work} cannot be written: {e.strerror}") from e
+        self.known = 0  # runs, by now
         self.changed = threading.Condition()
         self.mine: dict[str, IO[Any]] = {}  # run -> its lock
         self.failed: dict[str, str] = {}  # run -> why
@@ -153,8 +174,9 @@ class Runner:
 
     def go(self) -> int:
         """Work until nothing is left that could be done; the exit code."""
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda n, _: self._ask_to_stop(signal.Signals(n).name))
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            if signal.getsignal(number) != signal.SIG_IGN:  # nohup wants no SIGHUP
+                signal.signal(number, lambda n, _: self._ask_to_stop(signal.Signals(n).name))
         workers = [threading.Thread(target=self._work) for _ in range(self.args.workers)]
         for worker in workers:
             worker.start()
@@ -163,16 +185,23 @@ class Runner:
                 worker.join(1.0)  # a join without limit would keep signals waiting
         if self.broken:
             raise self.broken
-        for name, why in self.failed.items():
-            print(f"failed: {why}; the whole log: {self.work / name}.log", file=sys.stderr)
-        if self.hopeless:
-            print(f"given up, for the first {HOPELESS} runs failed", file=sys.stderr)
-        elif self.stop:
-            print(f"stopped ({self.stop}); the same command goes on from here", file=sys.stderr)
         return EXIT_STOPPED if self.stop and not self.hopeless else int(bool(self.failed))
+
+    def last_words(self) -> list[str]:
+        """What is to be read last, below the report."""
+        lines = [f"failed: {why}; the whole log: {self.work / name}.log" for name, why in self.failed.items()]
+        if self.hopeless:
+            lines.append(f"given up, for the first {HOPELESS} runs failed")
+        elif self.stop:
+            lines.append(f"stopped ({self.stop}); the same command goes on from here")
+        elif self.started >= self.args.max_runs:
+            lines.append(f"stopped after --max_runs {self.args.max_runs}; the same command goes on from here")
+        return lines
 
     def _ask_to_stop(self, why: str) -> None:
         # No lock: this interrupts a thread that may hold it.
+        if not self.stop:
+            os.write(2, f"{why}: runs save and stop at their next step\n".encode())  # print may be interrupted
         self.stop = why
         for name in list(self.mine):
             if (self.work / name).is_dir():
@@ -193,6 +222,7 @@ class Runner:
             while not self.stop and self.started < self.args.max_runs:
                 done = self.store.runs()
                 known = study_grid.runs(self.study, done)
+                self.known = len(_once(known))
                 missing = [run for run in _once(known) if run.id not in done and run.id not in self.failed]
                 if not missing:
                     return None
@@ -254,7 +284,8 @@ class Runner:
             line = study_store.summary(run, folder, seconds)
             self.recorded += 1
             self.store.add(line, self.machine, self.header)
-            self._say(run, f"top-1 {line['top1']}" if line["top1"] is not None else f"diverged at step {line['step']}")
+            came_to = f"top-1 {line['top1']}" if line["top1"] is not None else f"diverged at step {line['step']}"
+            self._say(run, f"{came_to} ({len(self.store.runs())} of {self.known} runs that are known by now)")
             self._forget(run)
         elif status.get("state") == "stopped":
             self.stop = self.stop or str(status.get("reason"))
@@ -277,8 +308,10 @@ class Runner:
         env["PYTHONPATH"] = os.pathsep.join([root, *filter(None, [env.get("PYTHONPATH")])])
         with (self.work / f"{run.id}.log").open("a") as log:
             process = subprocess.Popen(
-                words, env=env, stdout=log, stderr=log, stdin=subprocess.DEVNULL, pass_fds=[self.mine[run.id].fileno()]
-            )
+                words, env=env, stdout=log, stderr=log, stdin=subprocess.DEVNULL,
+                pass_fds=[self.mine[run.id].fileno()],
+                process_group=0,  # a terminal's Ctrl-C is for us: the run is told by its STOP file, and saves
+            )  # fmt: skip
             if self.stop:  # it came since we looked
                 self._ask_to_stop(self.stop)
             _, status, usage = os.wait4(process.pid, 0)
@@ -289,7 +322,7 @@ class Runner:
         return process.returncode, sum(map(float, told.read_text().split()))
 
     def _forget(self, run: study_grid.Run) -> None:
-        for suffix in (".yaml", ".log"):
+        for suffix in (".yaml", ".log", ".lock"):  # whoever waits for the lock looks at the records next
             (self.work / f"{run.id}{suffix}").unlink(missing_ok=True)
         if not self.args.keep:
             shutil.rmtree(self.work / run.id, ignore_errors=True)

@@ -10,9 +10,11 @@ processes, needs no other memory.
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import itertools
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -57,6 +59,7 @@ class Study:
     select: dict[str, Any] | None
     final: dict[str, Any]
     report: dict[str, Any]
+    given: Options = field(default_factory=dict)  # by the command: all runs have them
 
     @property
     def series(self) -> str:
@@ -123,7 +126,7 @@ def load(path: Path, path_given: bool = False, overrides: Options | None = None)
         text = path.read_text(encoding="utf-8")
         raw = yaml.safe_load(text)
     except OSError as e:
-        raise UserError(f"study {path}: {e.strerror}") from e
+        raise UserError(f"study {path}: {e.strerror}{_like(path)}") from e
     except yaml.YAMLError as e:
         raise UserError(f"study {path} is not valid YAML: {' '.join(str(e).split())}") from e
     if not isinstance(raw, dict) or not raw.get("axes"):
@@ -138,10 +141,20 @@ def load(path: Path, path_given: bool = False, overrides: Options | None = None)
         raise UserError("select: either `epochs`, one number for all cells, or their `share` of each cell's own")
     _known(set(final), set(FINAL), "final")
     _known(set(raw.get("report", {})), REPORT, "report")
+    name = raw.get("name", path.stem)
+    if not re.fullmatch(r"[\w.-]+", str(name)):
+        raise UserError(f"study {path}: its name {name!r} becomes part of file names: letters, digits, _ . - alone")
+    if not raw.get("data"):
+        raise UserError(f"study {path} needs `data`: a line that says which images these are")
+    for key, numbers in (("select: factors", (select or SELECT).get("factors", [1])),
+                         ("select: seeds", (select or SELECT).get("seeds", [0])),
+                         ("final: seeds", final.get("seeds", [0]))):  # fmt: skip
+        if not (isinstance(numbers, list) and numbers and all(isinstance(n, int | float) for n in numbers)):
+            raise UserError(f"{key} is {numbers!r}, but it must be a list of numbers such as [1, 2, 3]")
     study = Study(
-        name=raw.get("name", path.stem) + ("-own" if other else ""),
+        name=str(name) + ("-own" if other else ""),
         title=raw.get("title", ""),
-        data="the images of --data.path" if other else raw.get("data", ""),
+        data="the images of --data.path" if other else raw["data"],
         note="" if other else " ".join(raw.get("note", "").split()),
         axes={axis: _labels(axis, labels) for axis, labels in raw["axes"].items()},
         base=_options(raw.get("base", {})) | typed_options(overrides or {}),
@@ -149,8 +162,11 @@ def load(path: Path, path_given: bool = False, overrides: Options | None = None)
         select=None if select is None else {**SELECT, **select},
         final={**FINAL, **final, "options": _options(final.get("options", {}))},
         report=raw.get("report", {}),
+        given={k: v for k, v in typed_options(overrides or {}).items() if not k.startswith(MAY_DIFFER_ON_RESUME)},
     )
-    against = study.report.get("against", {})
+    asked, against = study.report, study.report.get("against", {})
+    _known([asked[key] for key in ("x", "series") if key in asked], study.axes, "report: x and series are axes")
+    _known([asked["reference"]] if "reference" in asked else [], study.axes[study.series], "report: reference")
     _known([*against, *against.values()], study.axes[study.series] if against else [], "report: against")
     varied = {key for labels in study.axes.values() for own in labels.values() for key in own}
     varied |= {key for rule in study.where for key in rule["set"]}
@@ -162,6 +178,12 @@ def load(path: Path, path_given: bool = False, overrides: Options | None = None)
     for cell in cells(study):
         plan_of(cell.options)  # every option and batch is refused now, not after hours
     return study
+
+
+def _like(path: Path) -> str:
+    others = sorted(other.name for other in path.parent.glob("*.yaml"))
+    close = difflib.get_close_matches(path.name, others, n=1)
+    return f"; did you mean {path.with_name(close[0])}?" if close else f"; there are {', '.join(others)}" * bool(others)
 
 
 def _on_path(raw: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:

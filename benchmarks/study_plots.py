@@ -36,9 +36,9 @@ def _number(label: str) -> float:
         return 0.0
 
 
-def panel(study: Study, cell: Cell) -> str:
-    """The labels of the other axes: one frame each."""
-    return ", ".join(v for k, v in cell.labels.items() if k not in (study.report.get("x"), study.series))
+def head(cell: Cell, *left_out: str | None) -> str:
+    """Of a frame: the labels of the axes that do not vary in it."""
+    return ", ".join(f"{k} {v}" if _number(v) else v for k, v in cell.labels.items() if k not in left_out)
 
 
 def write(results: Results, folder: Path) -> dict[str, Path]:
@@ -114,7 +114,7 @@ def accuracy(results: Results) -> Any:
     cells = sorted((c for c in results.cells if results.top1(c)), key=lambda c: order(study, c))
     if not cells:
         return None
-    panels = _by(cells, lambda c: panel(study, c))
+    panels = _by(cells, lambda c: head(c, x, study.series))
     figure, frames = _frames(panels, 2, share_y=not x)
     for frame, mine in zip(frames, panels.values(), strict=False):
         for label, points in _by(mine, lambda c: c.labels[study.series]).items():
@@ -123,11 +123,11 @@ def accuracy(results: Results) -> Any:
             spread = [statistics.stdev(v) if len(v) > 1 else 0.0 for v in values]
             where = [c.labels[x] for c in points] if x else [label]
             if x and all(_number(w) for w in where):
-                places, style = [_number(w) for w in where], {"marker": "o", "linestyle": "-"}
+                places, style = [_number(w) for w in where], {"marker": "o", **_line(study, label)}
                 frame.set_xscale("log", base=2)
             else:
-                places, style = where, {"marker": "o", "linestyle": ""}
-            frame.errorbar(places, means, yerr=spread, capsize=3, color=_colour(study, label), label=label, **style)
+                places, style = where, {"marker": "o", **_line(study, label), "linestyle": ""}
+            frame.errorbar(places, means, yerr=spread, capsize=3, **style)
             lost = [i for i, c in enumerate(points) if not results.trained(c)]
             frame.plot(
                 [places[i] for i in lost], [means[i] for i in lost], "o", color=_colour(study, label), mfc="w", zorder=4
@@ -140,7 +140,7 @@ def accuracy(results: Results) -> Any:
                 name.set(fontsize=7)
                 if len(study.axes[study.series]) > 3:
                     name.set(rotation=25, ha="right", rotation_mode="anchor")
-        frame.set_ylabel("top-1, %")
+        frame.set_ylabel("top-1, %: mean, standard deviation", fontsize=8)
     if x:
         _legend(figure, frames)
     return figure
@@ -154,7 +154,7 @@ def _ticks(frame: Any, cells: list[Cell], x: str) -> None:
             [_number(label) for label in steps], [f"{label}\n{n}" for label, n in steps.items()], fontsize=7
         )
         frame.minorticks_off()
-        frame.set_xlabel(f"{x}, steps per epoch", fontsize=8)
+        frame.set_xlabel(f"{x}, and below it the steps per epoch", fontsize=8)
 
 
 def curves(results: Results) -> Any:
@@ -163,7 +163,7 @@ def curves(results: Results) -> Any:
     cells = sorted((c for c in results.cells if results.of(c)), key=lambda c: order(study, c))
     if not cells:
         return None
-    groups = _by(cells, lambda c: c.beside(study.series))
+    groups = _by(cells, lambda c: head(c, study.series))
     figure, frames = _frames(groups, 5)
     for frame, mine in zip(frames, groups.values(), strict=False):
         for cell in mine:
@@ -183,7 +183,7 @@ def rates(results: Results) -> Any:
     found = [c for c in results.cells if any(s is not None for s in results.scores(c).values())]
     if not study.select or not found:
         return None
-    groups = _by(sorted(found, key=lambda c: order(study, c)), lambda c: c.beside(study.series))
+    groups = _by(sorted(found, key=lambda c: order(study, c)), lambda c: head(c, study.series))
     figure, frames = _frames(groups, 5)
     for frame, mine in zip(frames, groups.values(), strict=False):
         for cell in mine:
@@ -214,7 +214,7 @@ def trust(results: Results) -> Any:
     networks = {run["options"]["model.name"] for _, run in traced}
     with torch.device("meta"):
         dimensions = {n: {k: p.ndim for k, p in build(n, num_classes=10).named_parameters()} for n in networks}
-    figure, frames = _frames([c.key for c, _ in traced], 5)
+    figure, frames = _frames([head(c) for c, _ in traced], 5)
     for frame, (_, run) in zip(frames, traced, strict=False):
         ratios = run["trust_ratios"]
         for depth, (name, values) in enumerate(ratios.items()):

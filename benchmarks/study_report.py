@@ -15,6 +15,8 @@ from benchmarks import show, study_grid, study_plots
 from benchmarks.study_grid import Cell, Study
 from benchmarks.study_store import Store
 from dist_lars.checkpoint import write_aside
+from dist_lars.config import plain
+from dist_lars.errors import UserError
 
 Line = Mapping[str, Any]
 LEARNED = 3.0  # points above guessing: less is no learning
@@ -132,17 +134,32 @@ class Results:
 def write(study: Study, store: Store) -> str:
     """Write study-NAME.md and its plots beside the records; the report."""
     results = Results(study, store.runs())
+    if not {run.id for run in results.known} & set(results.records):
+        raise UserError(
+            f"{store.path} holds runs, but none with these options{_unlike(results)}: give those, or --records"
+        )
     plots = study_plots.write(results, store.folder)
     parts = [
         tables(results),
         "## Plots",
         "\n\n".join(f"![{title}]({path.name})" for title, path in plots.items()),
-        "## Where",
+        "## Machines",
         _where(store),
     ]
     text = "\n\n".join(part for part in parts if part) + "\n"
     write_aside(store.path.with_suffix(".md"), text.encode())
     return text
+
+
+def _unlike(results: Results) -> str:
+    """What a recorded run has other than here, as far as it is of one of the cells."""
+    for record in results.records.values():
+        for run in results.known:
+            if (run.cell.labels, run.stage) == (record["cell"], record["stage"]):
+                here, there = plain(run.options), record["options"]
+                keys = [k for k in there if k in here and here[k] != there[k] and k not in ("optim.lr", "seed")]
+                return f" ({', '.join(f'{k} {there[k]} there, {here[k]} here' for k in keys)})" if keys else ""
+    return ""
 
 
 def tables(results: Results) -> str:
@@ -170,25 +187,35 @@ def _state(results: Results) -> str:
     known = {run.id for run in results.known}
     complete = sum(len(results.of(c)) == len(results.study.final["seeds"]) for c in results.cells)
     state = "Complete" if complete == len(results.cells) else "In progress"
+    others = len(set(results.records) - known)
     return (
         f"{results.study.data}. {state}: {complete} of {len(results.cells)} cells have all their seeds; "
         f"{len(known & set(results.records))} of {len(known)} runs that are known by now are done."
+        + f" {others} more, of rates that are not the best any more or of other options, do not count."
+        * bool(others)
     )
 
 
 def _method(study: Study) -> str:
     seeds = len(study.final["seeds"])
     text = f"Mean ± standard deviation (runs) over {seeds} seeds; the test images are read once, at the end of a run."
+    if study.given:
+        text += f" Options of the command: {', '.join(f'{key} {value}' for key, value in study.given.items())}."
     if study.select:
         s = study.select
+        epochs = sorted({study_grid.sweep(study, c, [1.0])[0].options["epochs"] for c in study_grid.cells(study)})
         text += (
             f" The learning rate of every cell is the best of {len(s['factors'])} multiples of its rule's, on "
-            f"{100 * s['hold_out']:g} % of the training images held out, with {len(s['seeds'])} seed(s)"
-            + (f" and {s['epochs']} epochs" if s["epochs"] else "")
+            f"{100 * s['hold_out']:g} % of the training images held out, with {_count(len(s['seeds']), 'seed')}"
+            + (f" and {' or '.join(map(str, epochs))} epoch{'s' * (epochs != [1])}" if s["epochs"] else "")
             + (f" and {100 * s['share']:g} % of the epochs" if s["share"] else "")
             + f"; where a best one lies at the edge, every cell compared with it gets one more (up to {s['extend']})."
         )
     return text
+
+
+def _count(number: int, word: str) -> str:
+    return f"{number} {word}{'s' * (number != 1)}"
 
 
 def _main(results: Results) -> str:
@@ -360,8 +387,8 @@ def _where(store: Store) -> str:
 # --- what is to do ----------------------------------------------------------------------------------------------------
 
 
-def to_do(study: Study, records: study_grid.Records) -> str:
-    """The runs that are missing, and what they cost at the speed of those that are done."""
+def to_do(study: Study, records: study_grid.Records, shipped: study_grid.Records | None = None) -> str:
+    """The runs that are missing, and what they cost at the speed of those that are done, or else of `shipped`."""
     results = Results(study, records)
     known = {run.id: run for run in results.known}
     missing = [run for name, run in known.items() if name not in records]
@@ -370,16 +397,16 @@ def to_do(study: Study, records: study_grid.Records) -> str:
         study_grid.final_run(study, c, 1.0, s) for c in results.cells if c.key in later for s in study.final["seeds"]
     ]
     waiting = list({run.id: run for run in own if run.id not in records}.values())
-    speeds = _speeds(records)
+    speeds = _speeds(shipped or {}) | _speeds(records)
     lines = [f"{run.id}  {run.cell.key}  {run.stage}  x {run.factor:g}  seed {run.seed}" for run in missing]
     images: dict[str, float] = {}
     for run in [*missing, *waiting]:
         plan, name = run.plan(), run.options["model.name"]
         images[name] = images.get(name, 0) + plan.epochs * plan.steps_per_epoch * plan.batch_size
-    lines.append(
-        f"{len(known) - len(missing)} runs done, {len(missing)} to do, {len(waiting)} more when the rates are chosen, "
-        f"and those that extend a sweep"
-    )
+    said = f"{len(known) - len(missing)} runs done, {len(missing)} to do"
+    if waiting:
+        said += f", {len(waiting)} more when the rates are chosen, and those that extend a sweep"
+    lines.append(said + ": complete" * (not missing and not waiting))
     for name, count in images.items():
         cost = f", about {count / speeds[name] / 3600:.1f} hours of one core" if name in speeds else ""
         lines.append(f"{name}: {count / 1e6:.1f} million images{cost}")

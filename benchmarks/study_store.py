@@ -11,7 +11,7 @@ import hashlib
 import json
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import yaml
 
@@ -33,7 +33,17 @@ class Store:
 
     def __init__(self, folder: Path, name: str, shared: bool = False) -> None:
         self.folder, self.path, self.shared = folder, folder / f"study-{name}.jsonl", shared
-        folder.mkdir(parents=True, exist_ok=True)
+
+    def make(self) -> None:
+        """Refuse a folder that cannot be written now, not after the first run."""
+        try:
+            self._lock().close()
+        except OSError as e:
+            raise UserError(f"--records {self.folder} cannot be written: {e.strerror}") from e
+
+    def _lock(self) -> IO[Any]:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        return lock(self.folder / f".{self.path.stem}.lock", wait=True, needed=self.shared)
 
     def lines(self) -> list[Line]:
         """All of them, oldest first."""
@@ -63,7 +73,7 @@ class Store:
     def add(self, run: Line, machine: Line, study: Line) -> None:
         """Add a run, where it was measured and what study it is of, each once."""
         on = _digest(machine)
-        with lock(self.folder / f".{self.path.stem}.lock", wait=True, needed=self.shared):
+        with self._lock():
             lines = self.lines()
             _refuse_other_images(self.path, lines, run)
             refuse_other_files(self.path, lines, study)
@@ -114,12 +124,21 @@ def refuse_other_files(path: Path, lines: list[Line], study: Line) -> None:
 
 
 def names_of_files(config: Config) -> str | None:
-    """A digest of the names of all images, as the folder has them or had them when it was packed; None without one."""
+    """A digest of the names of all images, as the folder has them or had them when it was packed; None without one.
+
+    Raises `UserError` where there are more or fewer than the study plans with.
+    """
     path = data_path(config)
     if path is None:
         return None
-    digests = "".join(digest_of(index) for index in list_folders(path, config.data.val, cache_dir()))
-    return hashlib.sha256(digests.encode()).hexdigest()[:12]
+    train, val = indexes = list_folders(path, config.data.val, cache_dir())
+    if (len(train), len(val)) != (config.data.train_images, config.data.val_images):
+        raise UserError(
+            f"{path} has {len(train):,} + {len(val):,} images in {len(train.classes)} classes, but the study has "
+            f"{config.data.train_images:,} + {config.data.val_images:,}: --data.train_images {len(train)} "
+            f"--data.val_images {len(val)}, or the same in the study's file"
+        )
+    return hashlib.sha256("".join(map(digest_of, indexes)).encode()).hexdigest()[:12]
 
 
 def refuse_other_precision(path: Path, lines: list[Line], machine: Line) -> None:

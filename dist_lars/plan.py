@@ -51,7 +51,7 @@ def make_plan(config: Config, world_size: int, train_images: int, val_images: in
     if steps_per_epoch == 0:
         raise UserError(
             f"batch_size {config.batch_size} is larger than the {train_images} training images: not one full step "
-            f"per epoch; use --batch_size {max(per_pass, train_images // per_pass * per_pass)} or more images"
+            f"per epoch; use more images or {_fewer(train_images // per_pass * per_pass, train_images // world_size)}"
         )
     total = config.epochs * steps_per_epoch
     peak, origin = _peak(config)
@@ -101,6 +101,12 @@ def _rate(config: Config, peak: float, steps_per_epoch: int, total: int) -> Rate
         milestones=tuple(round(m * steps_per_epoch) for m in s.milestones),
         gamma=s.gamma,
     )
+
+
+def _fewer(batch_size: int, micro_batch: int) -> str:
+    if batch_size:
+        return f"--batch_size {batch_size}"
+    return f"--micro_batch {micro_batch} or less and a smaller --batch_size" if micro_batch else "fewer ranks"
 
 
 def _does_not_divide(batch: int, micro: int, ranks: int) -> str:

@@ -2,7 +2,7 @@
 
 import json
 import os
-import signal
+import pty
 import subprocess
 import sys
 import time
@@ -105,25 +105,28 @@ def wait_for(what, seconds: float) -> None:
         time.sleep(0.05)
 
 
-@pytest.mark.parametrize("victim", ["the runner", "its whole process group"])
+def everybody(number: str, folder: Path) -> None:
+    """Send a signal to all processes that name the folder: each run has a process group of its own."""
+    subprocess.run(["pkill", f"-{number}", "-f", f"dist_lars.train.*{folder}"], check=True)
+
+
+@pytest.mark.parametrize("victim", ["the runner", "the runner and its runs"])
 def test_a_study_that_is_killed_goes_on_to_the_same_records(victim, whole, tmp_path, cache):
     """Killed in the middle of a run; where only the runner dies, its orphan is waited for, not trained twice."""
     env = environment(DIST_LARS_CACHE=str(cache))
     process = subprocess.Popen(words(tmp_path, **ONE_ARM), env=env, cwd=tmp_path, start_new_session=True)
     work = tmp_path / "work/study-tiny"
     wait_for((tmp_path / "records/study-tiny.jsonl").exists, 60)  # the first run is done
-    wait_for(lambda: [p for p in work.glob("*/log.jsonl") if "train" in p.read_text()], 60)  # the second has begun
-    if victim == "the runner":
-        process.kill()
-        os.killpg(process.pid, signal.SIGSTOP)  # its orphan
-    else:
-        os.killpg(process.pid, signal.SIGKILL)
+    first = set(told(tmp_path))
+    wait_for(lambda: {p.parent.name for p in work.glob("*/log.jsonl")} - first, 60)  # the second has begun
+    process.kill()
+    everybody("STOP" if victim == "the runner" else "KILL", tmp_path)  # its orphan
     process.wait()
     assert 1 <= len(told(tmp_path)) < 3
     again = subprocess.Popen(words(tmp_path, **ONE_ARM), env=env, cwd=tmp_path, stdout=subprocess.PIPE, text=True)
     if victim == "the runner":
         time.sleep(6)  # enough to look for a run that is free
-        os.killpg(process.pid, signal.SIGCONT)
+        everybody("CONT", tmp_path)
     text, _ = again.communicate(timeout=300)
     assert again.returncode == 0, text
     assert told(tmp_path) == arm(whole[0], "LARS")
@@ -137,6 +140,32 @@ def test_a_study_that_is_asked_to_stop_says_so_and_goes_on(whole, tmp_path, cach
     _, text = process.communicate(timeout=60)
     assert process.returncode == 75, text
     assert "stopped (SIGTERM); the same command goes on from here" in text
+    done = run_command(words(tmp_path, **ONE_ARM), 300, cwd=tmp_path, DIST_LARS_CACHE=str(cache))
+    assert done.returncode == 0, done.stdout
+    assert told(tmp_path) == arm(whole[0], "LARS")
+
+
+def test_a_terminals_ctrl_c_saves_the_run(whole, tmp_path, cache):
+    """It goes to all processes of the terminal's foreground group, of which the trainer shall not be."""
+    (tmp_path / "out.txt").touch()
+    line = " ".join(words(tmp_path, **ONE_ARM))
+    master, slave = pty.openpty()
+    with (tmp_path / "out.txt").open("w") as out:
+        process = subprocess.Popen(
+            ["setsid", "--ctty", "--wait", "sh", "-c", f"exec {line}"], stdin=slave, stdout=out, stderr=out,
+            env=environment(DIST_LARS_CACHE=str(cache)), cwd=tmp_path,
+        )  # fmt: skip
+        wait_for(lambda: [p for p in tmp_path.glob("work/*/*/log.jsonl") if "start" in p.read_text()], 60)
+        os.write(master, b"\x03")
+        assert process.wait(60) == 75, (tmp_path / "out.txt").read_text()
+    text = (tmp_path / "out.txt").read_text()
+    assert "SIGINT: runs save and stop at their next step" in text
+    assert text.endswith("stopped (SIGINT); the same command goes on from here\n")
+    assert "KeyboardInterrupt" not in text
+    states = [json.loads(path.read_text())["state"] for path in tmp_path.glob("work/*/*/status.json")]
+    assert states == ["stopped"]
+    os.close(master)
+    os.close(slave)
     done = run_command(words(tmp_path, **ONE_ARM), 300, cwd=tmp_path, DIST_LARS_CACHE=str(cache))
     assert done.returncode == 0, done.stdout
     assert told(tmp_path) == arm(whole[0], "LARS")

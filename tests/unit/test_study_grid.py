@@ -1,5 +1,6 @@
 """Which runs a study consists of, at every point of its life."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -167,6 +168,14 @@ def test_recorded_runs_are_runs_of_their_study(name):
 # --- files ------------------------------------------------------------------------------------------------------------
 
 
+def test_the_study_of_your_own_in_the_docs_is_one(tmp_path):
+    text = (Path(__file__).parents[2] / "docs/evidence.md").read_text()
+    (tmp_path / "mine.yaml").write_text(re.search(r"```yaml\n(.*?)```", text, re.S)[1])
+    wanted = study_grid.load(tmp_path / "mine.yaml", path_given=True, overrides={"data.path": "/data/mine"})
+    assert [cell.key for cell in study_grid.cells(wanted)] == ["256 | SGD", "256 | LARS", "4096 | SGD", "4096 | LARS"]
+    assert len(study_grid.runs(wanted, {})) == 4 * 3
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -180,8 +189,14 @@ def test_recorded_runs_are_runs_of_their_study(name):
         ({"report": {"series": "arm", "against": {"SDG": "LARS"}}}, "report: against: unknown key 'SDG'"),
         ({"axes": {"batchsize": [1]}}, "did you mean batch_size"),
         ({"axes": {"arm": {"x": {"optim.named": "sgd"}}}}, "did you mean optim.name"),
-        ({"axes": {"batch_size": [50]}}, "batch_size 50 does not divide"),
-        ({"axes": {"batch_size": [3200]}}, "larger than the 1500 training images"),
+        ({"axes": {"batch_size": [50]}, "report": {}}, "batch_size 50 does not divide"),
+        ({"axes": {"batch_size": [3200]}, "report": {}}, "larger than the 1500 training images"),
+        ({"report": {"series": "arm", "reference": "LRAS"}}, "report: reference: unknown key 'LRAS'"),
+        ({"report": {"x": "batchsize"}}, "report: x and series are axes: unknown key 'batchsize'"),
+        ({"name": "my study/1"}, "its name 'my study/1' becomes part of file names"),
+        ({"data": ""}, "needs `data`"),
+        ({"select": {"factors": 2}}, "select: factors is 2, but it must be a list of numbers"),
+        ({"final": {"seeds": 3}}, "final: seeds is 3, but it must be a list of numbers"),
         ({"base": {"epochs": "many"}}, "epochs is 'many', but it must be a whole number"),
     ],
 )

@@ -330,7 +330,8 @@ def test_files_are_known_by_their_names_packed_or_not(tmp_path):
     from dist_lars.data.packing import Options, pack
 
     def files(folder):
-        return study_store.names_of_files(from_flat({"data.kind": "folder", "data.path": str(folder)}))
+        counts = {"data.train_images": 6, "data.val_images": 3}
+        return study_store.names_of_files(from_flat({"data.kind": "folder", "data.path": str(folder), **counts}))
 
     folder = paint(tmp_path / "jpeg", 6, 3)
     for split in ("train", "val"):
@@ -342,6 +343,8 @@ def test_files_are_known_by_their_names_packed_or_not(tmp_path):
     assert files(folder) == files(tmp_path / "packed")
     assert files(folder) != files(tmp_path / "png")
     assert study_store.names_of_files(from_flat({"data.kind": "digits"})) is None
+    with pytest.raises(UserError, match=r"has 6 \+ 3 images in 3 classes, but the study has 1,281,167 \+ 50,000"):
+        study_store.names_of_files(from_flat({"data.kind": "folder", "data.path": str(folder)}))
 
 
 def test_a_run_that_was_killed_and_went_on_tells_each_epoch_once(tmp_path):

@@ -9,7 +9,7 @@ import pytest
 from study_tools import TINY, finish, study
 
 from benchmarks import study as command
-from benchmarks import study_report, study_store
+from benchmarks import study_grid, study_report, study_store
 from dist_lars.errors import UserError
 
 
@@ -96,6 +96,58 @@ def test_a_report_of_nothing_says_so(tmp_path, capsys):
         command.main(words)
     assert ended.value.code == 0
     assert "no run is recorded in" in capsys.readouterr().out
+
+
+def test_runs_with_other_options_are_no_report(tmp_path, capsys):
+    """The report of the runs that there are is not written over by one of none."""
+    short = study(tmp_path, base=TINY["base"] | {"epochs": 3})
+    store = study_store.Store(tmp_path / "records", "tiny")
+    line = next(iter(finish(short, lambda run: 80).values()))
+    line["options"] = {"epochs": line["epochs"], "batch_size": 64}
+    store.add({k: v for k, v in line.items() if k != "kind"}, {"machine": {"cpu": "abacus"}}, {})
+    study(tmp_path, select={"hold_out": 0.2, "epochs": 4})
+    with pytest.raises(SystemExit) as ended:
+        command.main([str(tmp_path / "tiny.yaml"), "--records", str(tmp_path / "records"), "--report"])
+    assert ended.value.code == 2
+    assert "but none with these options (epochs 2 there, 4 here)" in capsys.readouterr().err
+    assert not list((tmp_path / "records").glob("*.md"))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--workers", "0"], "--workers is 0, but it must be at least 1"),
+        (["--max_runs", "-1"], "--max_runs is -1, but it must be at least 1"),
+        (["--task", "2", "--of", "2"], "--task 2 --of 2: tasks of N are 0 to N - 1"),
+        (["--worker", "2"], "unknown option --worker; did you mean --workers?"),
+        (["--epoch", "2"], "did you mean epochs"),
+    ],
+)
+def test_a_wrong_option_is_refused(words, message, capsys):
+    with pytest.raises(SystemExit):
+        command.parse(["tiny.yaml", *words])
+    assert message in capsys.readouterr().err
+
+
+def test_a_misspelt_file_is_found(tmp_path):
+    study(tmp_path)
+    with pytest.raises(UserError, match=r"study .*tinny.yaml: No such file or directory; did you mean .*/tiny.yaml\?"):
+        study_grid.load(tmp_path / "tinny.yaml")
+
+
+@pytest.mark.parametrize("option", ["--records", "--work"])
+def test_folders_that_cannot_be_written_are_refused_before_any_run(tmp_path, option):
+    wanted = study(tmp_path)
+    with pytest.raises(UserError, match=f"{option} .*tiny.yaml/x cannot be written: Not a directory"):
+        runner(wanted, tmp_path, option, str(tmp_path / "tiny.yaml/x"))
+
+
+def test_options_of_the_command_are_in_the_report(tmp_path):
+    study(tmp_path)
+    wanted = study_grid.load(tmp_path / "tiny.yaml", overrides={"epochs": "1", "schedule.warmup_epochs": "0"})
+    text = study_report.tables(study_report.Results(wanted, {}))
+    assert "Options of the command: epochs 1, schedule.warmup_epochs 0.0." in text
+    assert "with 1 seed and 1 epoch;" in text
 
 
 def test_what_other_studies_have_is_listed_as_done(tmp_path, other, capsys):
