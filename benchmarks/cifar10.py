@@ -25,7 +25,8 @@ def write_folder(images: Iterable[tuple[Image, int]], classes: list[str], folder
     aside.rename(folder)
 
 
-def _download(dataset: Any, folder: Path, train: bool) -> Any:
+def download(dataset: Any, folder: Path, train: bool) -> Any:
+    """Torchvision's dataset, or its way to go without internet."""
     try:
         return dataset(str(folder), train=train, download=True)
     except (OSError, RuntimeError) as e:  # no network; a file that is not what it should be
@@ -44,7 +45,7 @@ def main() -> None:
 
     for name in ("train", "val"):
         if not (folder / name).exists():
-            images = _download(CIFAR10, folder / ".download", name == "train")
+            images = download(CIFAR10, folder / ".download", name == "train")
             write_folder(tqdm(images, name, unit="image"), images.classes, folder / name)
     print(f"{folder} is ready: --data.path {folder}")
 

@@ -1,10 +1,12 @@
 """CIFAR-10 as an image folder: what torchvision hands over arrives pixel by pixel, or not at all."""
 
+from urllib.error import URLError
+
 import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks.cifar10 import write_folder
+from benchmarks.cifar10 import download, write_folder
 from dist_lars.data.folder import index_folder
 
 PIXELS = [np.random.RandomState(i).randint(0, 256, (32, 32, 3), dtype=np.uint8) for i in range(4)]
@@ -25,3 +27,16 @@ def test_an_interrupted_writing_leaves_no_folder(tmp_path):
     assert not (tmp_path / "train").exists()
     write_folder(IMAGES, ["cat", "dog"], tmp_path / "train")
     assert sorted(p.name for p in (tmp_path / "train").iterdir()) == ["cat", "dog"]
+
+
+def test_without_internet_the_way_out_is_told(tmp_path):
+    def dataset(folder, train, download):  # stands in for torchvision's
+        raise URLError("Name or service not known")
+
+    dataset.url, dataset.filename = "https://here/cifar.tar.gz", "cifar.tar.gz"
+    with pytest.raises(SystemExit) as ended:
+        download(dataset, tmp_path, train=True)
+    assert ended.value.code == (
+        "error: CIFAR-10 cannot be downloaded from https://here/cifar.tar.gz: Name or service not known; without "
+        f"internet put cifar.tar.gz into {tmp_path} and start again"
+    )
