@@ -11,6 +11,7 @@ from tests.conftest import TINY_STUDY
 pytestmark = pytest.mark.cluster
 STUDY = {
     "name": "tiny",
+    "data": "the handwritten digits of scikit-learn",
     "base": {
         **TINY_STUDY, "batch_size": 256, "epochs": 12, "schedule": {"warmup_epochs": 0}, "resume": {"save_steps": 5},
     },
