@@ -122,62 +122,81 @@ def plan_of(options: Options, ranks: int = 1) -> Plan:
 
 def load(path: Path, path_given: bool = False, overrides: Options | None = None) -> Study:
     """Read and check a study; `path_given`: the user named images, for which `on_path` may hold other options."""
+    raw = _read(path)
+    other = raw.get("on_path") if path_given else None
+    if other:
+        raw = _on_path(raw, other)
+    select, final, given = raw.get("select"), raw.get("final") or {}, typed_options(overrides or {})
+    _refuse(raw, select or {}, final, path)
+    study = Study(
+        name=str(raw.get("name", path.stem)) + ("-own" if other else ""),
+        title=raw.get("title", ""),
+        data="the images of --data.path" if other else raw["data"],
+        note="" if other else " ".join(raw.get("note", "").split()),
+        axes={axis: _labels(axis, labels) for axis, labels in raw["axes"].items()},
+        base=_options(raw.get("base", {})) | given,
+        where=[_rule(rule, raw["axes"]) for rule in raw.get("where", [])],
+        select=None if select is None else {**SELECT, **select},
+        final={**FINAL, **final, "options": _options(final.get("options", {}))},
+        report=raw.get("report", {}),
+        given={k: v for k, v in given.items() if not k.startswith(MAY_DIFFER_ON_RESUME)},
+    )
+    _refuse_report(study)
+    _refuse_options(study, given, path)
+    for cell in cells(study):
+        plan_of(cell.options)  # every option and batch is refused now, not after hours
+    return study
+
+
+def _read(path: Path) -> dict[str, Any]:
     try:
-        text = path.read_text(encoding="utf-8")
-        raw = yaml.safe_load(text)
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as e:
         raise UserError(f"study {path}: {e.strerror}{_like(path)}") from e
     except yaml.YAMLError as e:
         raise UserError(f"study {path} is not valid YAML: {' '.join(str(e).split())}") from e
     if not isinstance(raw, dict) or not raw.get("axes"):
         raise UserError(f"study {path} needs `axes`: what varies, and the options of each label")
-    _known(set(raw), KEYS, f"study {path}")
-    other = raw.get("on_path") if path_given else None
-    if other:
-        raw = _on_path(raw, other)
-    select, final = raw.get("select"), raw.get("final") or {}
-    _known(set(select or {}), set(SELECT), "select")
-    if select and select.get("epochs") and select.get("share"):
-        raise UserError("select: either `epochs`, one number for all cells, or their `share` of each cell's own")
-    _known(set(final), set(FINAL), "final")
-    _known(set(raw.get("report", {})), REPORT, "report")
+    if not raw.get("data"):
+        raise UserError(f"study {path} needs `data`: a line that says which images these are")
+    return raw
+
+
+def _refuse(raw: dict[str, Any], select: dict[str, Any], final: dict[str, Any], path: Path) -> None:
+    """What is misspelt or of the wrong kind."""
+    _known(raw, KEYS, f"study {path}")
+    _known(select, SELECT, "select")
+    _known(final, FINAL, "final")
+    _known(raw.get("report", {}), REPORT, "report")
     name = raw.get("name", path.stem)
     if not re.fullmatch(r"[\w.-]+", str(name)):
         raise UserError(f"study {path}: its name {name!r} becomes part of file names: letters, digits, _ . - alone")
-    if not raw.get("data"):
-        raise UserError(f"study {path} needs `data`: a line that says which images these are")
-    for key, numbers in (("select: factors", (select or SELECT).get("factors", [1])),
-                         ("select: seeds", (select or SELECT).get("seeds", [0])),
-                         ("final: seeds", final.get("seeds", [0]))):  # fmt: skip
+    if select.get("epochs") and select.get("share"):
+        raise UserError("select: either `epochs`, one number for all cells, or their `share` of each cell's own")
+    for part, key in (("select", "factors"), ("select", "seeds"), ("final", "seeds")):
+        numbers = (select if part == "select" else final).get(key, [1])
         if not (isinstance(numbers, list) and numbers and all(isinstance(n, int | float) for n in numbers)):
-            raise UserError(f"{key} is {numbers!r}, but it must be a list of numbers such as [1, 2, 3]")
-    study = Study(
-        name=str(name) + ("-own" if other else ""),
-        title=raw.get("title", ""),
-        data="the images of --data.path" if other else raw["data"],
-        note="" if other else " ".join(raw.get("note", "").split()),
-        axes={axis: _labels(axis, labels) for axis, labels in raw["axes"].items()},
-        base=_options(raw.get("base", {})) | typed_options(overrides or {}),
-        where=[_rule(rule, raw["axes"]) for rule in raw.get("where", [])],
-        select=None if select is None else {**SELECT, **select},
-        final={**FINAL, **final, "options": _options(final.get("options", {}))},
-        report=raw.get("report", {}),
-        given={k: v for k, v in typed_options(overrides or {}).items() if not k.startswith(MAY_DIFFER_ON_RESUME)},
-    )
+            raise UserError(f"{part}: {key} is {numbers!r}, but it must be a list of numbers such as [1, 2, 3]")
+
+
+def _refuse_report(study: Study) -> None:
+    """Axes and labels that the study does not have: the report comes last, when all is trained."""
     asked, against = study.report, study.report.get("against", {})
     _known([asked[key] for key in ("x", "series") if key in asked], study.axes, "report: x and series are axes")
-    _known([asked["reference"]] if "reference" in asked else [], study.axes[study.series], "report: reference")
-    _known([*against, *against.values()], study.axes[study.series] if against else [], "report: against")
+    labels = study.axes[study.series]
+    _known([asked["reference"]] if "reference" in asked else [], labels, "report: reference")
+    _known([*against, *against.values()], labels, "report: against")
+
+
+def _refuse_options(study: Study, given: Options, path: Path) -> None:
+    """Options of the command that would undo what the study is about."""
     varied = {key for labels in study.axes.values() for own in labels.values() for key in own}
     varied |= {key for rule in study.where for key in rule["set"]}
-    for key in overrides or {}:
+    for key in given:
         if key in OWN or (key == "data.hold_out" and study.select):
             raise UserError(f"--{key} is what a study sets for each run: change it in a copy of {path}")
         if key in varied:
             raise UserError(f"--{key} is what cells of the study differ in: change it in a copy of {path}")
-    for cell in cells(study):
-        plan_of(cell.options)  # every option and batch is refused now, not after hours
-    return study
 
 
 def _like(path: Path) -> str:
