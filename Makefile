@@ -51,7 +51,7 @@ test-hosts: install  ## train over hosts of their own (network namespaces, as ro
 test-docker: install  ## build the image and try it out; without an engine by buildah, as root (its layers are kept)
 	python -m pytest -m docker tests/docker $(ARGS)
 
-test-studies: install  ## run small benchmarks and studies: kill and continue them, share them, on ranks (ten minutes)
+test-studies: install  ## run small benchmarks, studies and trainings: kill, continue, share them (ten minutes)
 	python -m pytest -m studies tests/launch $(ARGS)
 
 test-install: install  ## build Horovod by other compilers, CMakes and MPIs (ten minutes)

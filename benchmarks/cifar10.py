@@ -7,8 +7,10 @@ pixel those of the original.
 import argparse
 import shutil
 from collections.abc import Iterable
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
+from urllib.error import URLError
 
 from PIL.Image import Image
 from tqdm import tqdm
@@ -29,7 +31,7 @@ def download(dataset: Any, folder: Path, train: bool) -> Any:
     """Torchvision's dataset, or its way to go without internet."""
     try:
         return dataset(str(folder), train=train, download=True)
-    except (OSError, RuntimeError) as e:  # no network; a file that is not what it should be
+    except (URLError, ConnectionError, TimeoutError, HTTPException, RuntimeError) as e:  # RuntimeError: a damaged file
         raise SystemExit(
             f"error: CIFAR-10 cannot be downloaded from {dataset.url}: {getattr(e, 'reason', e)}; without internet put "
             f"{dataset.filename} into {folder} and start again"

@@ -8,8 +8,9 @@
 Each run is a process of its own, `python -m dist_lars.train`, or ranks that `--launch "horovodrun -np 2"` starts. A run
 that is finished is a line of benchmarks/records/study-NAME.jsonl and is never repeated, nor is one that another study
 of the same images has there; start the same command again after any interruption. Several processes, also on several
-nodes, may work on one study: they take what is free. Ctrl-C lets runs save what they have. Options of the trainer
-(`--epochs 2`, `--data.workers 4`) hold for every run. docs/evidence.md tells how to write a study of your own.
+nodes, may work on one study: they take what is free. Ctrl-C lets runs save and stop, a second one ends them. Options of
+the trainer (`--epochs 2`, `--data.workers 4`) hold for every run. docs/evidence.md tells how to write a study of your
+own.
 """
 
 import argparse
@@ -21,7 +22,9 @@ import signal
 import subprocess
 import sys
 import threading
+from contextlib import suppress
 from pathlib import Path
+from types import FrameType
 from typing import IO, Any
 
 from benchmarks import record, study_grid, study_report, study_store
@@ -42,7 +45,7 @@ NEVER = 10**6  # seconds: a run that gets no CPU for an hour is not hanging
 
 def main(argv: list[str] | None = None) -> None:
     """Do what is missing, then report; exit code 1 if a run failed, 75 if it was stopped."""
-    last: list[str] = []
+    runner = None
     args, overrides = parse(sys.argv[1:] if argv is None else argv)
     try:
         study = study_grid.load(args.study, "data.path" in overrides, overrides)
@@ -58,8 +61,9 @@ def main(argv: list[str] | None = None) -> None:
         if not args.report:
             refuse_what_cannot_run(study)
             runner = Runner(study, store, args)
-            code, last = runner.go(), runner.last_words()
+            code = runner.go()
         if store.runs():
+            study_report.refuse_other_options(study, store)
             print(study_report.write(study, store))
             print(f"report: {store.path.with_suffix('.md')}, its plots beside it; records: {store.path}", flush=True)
         elif args.report:
@@ -67,14 +71,18 @@ def main(argv: list[str] | None = None) -> None:
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
         raise SystemExit(2) from None
-    for line in last:
-        print(line, file=sys.stderr)
+    finally:
+        for line in runner.last_words() if runner else []:
+            print(line, file=sys.stderr)
     raise SystemExit(code)
 
 
 def header(study: study_grid.Study) -> dict[str, Any]:
     """What the records say of the study, with its images as they are here."""
-    return study_report.header(study, study_store.names_of_files(from_flat(study_grid.cells(study)[0].options)))
+    configs = [from_flat(cell.options) for cell in study_grid.cells(study)]
+    folders = {(data_path(config), config.data.val): config for config in configs}  # mostly one
+    names = [study_store.names_of_files(config) for config in folders.values()]
+    return study_report.header(study, names[0])
 
 
 def refuse_what_cannot_run(study: study_grid.Study) -> None:
@@ -93,20 +101,22 @@ def refuse_what_cannot_run(study: study_grid.Study) -> None:
             raise UserError(f"{cell.key}: {e}") from e
 
 
-class _Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    """Keeps the lines of a description, for they show commands."""
-
-
 def parse(argv: list[str]) -> tuple[argparse.Namespace, dict[str, Any]]:
     """(our own options, those of the trainer)."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=_Help, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("study", type=Path, help="a STUDY.yaml")
-    parser.add_argument("--workers", type=int, default=1, help="runs at the same time on this machine")
+    parser.add_argument("--workers", type=int, default=1, help="runs at the same time on this machine (1)")
     parser.add_argument("--launch", default="", help='what starts the ranks of a run, e.g. "horovodrun -np 2"')
     parser.add_argument("--task", type=int, default=0, help="of an array job: begin with every OF-th run from here")
     parser.add_argument("--of", type=int, default=1, help="tasks of the array job")
-    parser.add_argument("--records", type=Path, default=record.RECORDS, help="folder of records and reports")
-    parser.add_argument("--work", type=Path, default=Path("runs"), help="folder of the runs, removed when recorded")
+    parser.add_argument(
+        "--records", type=Path, default=record.RECORDS, help="folder of records and reports (benchmarks/records)"
+    )
+    parser.add_argument(
+        "--work", type=Path, default=Path("runs"), help="folder of the runs, removed when recorded (runs)"
+    )
     parser.add_argument("--keep", action="store_true", help="leave run directories, with their checkpoints")
     parser.add_argument("--max_runs", type=int, default=10**9, help="stop after so many runs")
     parser.add_argument("--list", action="store_true", help="say what there is to do, and stop")
@@ -117,8 +127,8 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, dict[str, Any]]:
     for name in ("workers", "max_runs"):
         if getattr(args, name) < 1:
             parser.error(f"--{name} is {getattr(args, name)}, but it must be at least 1")
-    ours = [f"--{name}" for name in vars(args)]
-    for word in rest:  # before the trainer's options are searched for something like it
+    ours = [f"--{name}" for name in vars(args) if name != "study"]
+    for word in filter(lambda w: w.startswith("--"), rest):  # before the trainer's are searched for something like it
         if close := difflib.get_close_matches(word.partition("=")[0], ours, cutoff=0.85):
             parser.error(f"unknown option {word}; did you mean {close[0]}?")
     try:
@@ -153,36 +163,42 @@ class Runner:
     def __init__(self, study: study_grid.Study, store: study_store.Store, args: argparse.Namespace) -> None:
         self.study, self.store, self.args = study, store, args
         self.work = args.work / f"study-{study.name}"
+        self.header = header(study)
+        study_store.refuse_other_files(store.path, store.lines(), self.header)
+        study_report.refuse_other_options(study, store)
         store.make()
         try:
             self.work.mkdir(parents=True, exist_ok=True)
         except OSError as e:
             raise UserError(f"--work {args.work} cannot be written: {e.strerror}") from e
-        self.known = 0  # runs, by now
+        self.known: set[str] = set()  # runs, by now
         self.changed = threading.Condition()
         self.mine: dict[str, IO[Any]] = {}  # run -> its lock
+        self.processes: dict[str, int] = {}  # run -> its process, and process group
         self.failed: dict[str, str] = {}  # run -> why
         self.stop, self.started, self.recorded = "", 0, 0
-        self.hopeless = False
+        self.hopeless = self.enough = False
         self.broken: BaseException | None = None
         # Named once: the clone may change while the study runs.
         precision = study.base.get("precision", "auto")
         number = pick_autocast(precision, pick_device(study.base.get("device", "auto"), 0))
         self.machine = study_store.machine("fp32" if number is None else str(number).removeprefix("torch."))
-        self.header = header(study)
-        study_store.refuse_other_files(store.path, store.lines(), self.header)
 
     def go(self) -> int:
         """Work until nothing is left that could be done; the exit code."""
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            if signal.getsignal(number) != signal.SIG_IGN:  # nohup wants no SIGHUP
-                signal.signal(number, lambda n, _: self._ask_to_stop(signal.Signals(n).name))
+        numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+        # What the caller ignores (nohup, a script's &) stays ignored.
+        before = {n: signal.getsignal(n) for n in numbers if signal.getsignal(n) != signal.SIG_IGN}
+        for number in before:
+            signal.signal(number, self._hear)
         workers = [threading.Thread(target=self._work) for _ in range(self.args.workers)]
         for worker in workers:
             worker.start()
         for worker in workers:
             while worker.is_alive():
                 worker.join(1.0)  # a join without limit would keep signals waiting
+        for number, handler in before.items():
+            signal.signal(number, handler)
         if self.broken:
             raise self.broken
         return EXIT_STOPPED if self.stop and not self.hopeless else int(bool(self.failed))
@@ -194,40 +210,54 @@ class Runner:
             lines.append(f"given up, for the first {HOPELESS} runs failed")
         elif self.stop:
             lines.append(f"stopped ({self.stop}); the same command goes on from here")
-        elif self.started >= self.args.max_runs:
+        elif self.enough:
             lines.append(f"stopped after --max_runs {self.args.max_runs}; the same command goes on from here")
         return lines
 
     def _ask_to_stop(self, why: str) -> None:
-        # No lock: this interrupts a thread that may hold it.
-        if not self.stop:
-            os.write(2, f"{why}: runs save and stop at their next step\n".encode())  # print may be interrupted
-        self.stop = why
+        # No lock: this may interrupt a thread that holds it.
+        self.stop = self.stop or why
         for name in list(self.mine):
             if (self.work / name).is_dir():
-                (self.work / name / "STOP").touch()
+                with suppress(OSError):  # recorded and removed just now
+                    (self.work / name / "STOP").touch()
+
+    def _hear(self, number: int, frame: FrameType | None) -> None:
+        why, again = signal.Signals(number).name, self.stop
+        self._ask_to_stop(why)
+        if again and number == signal.SIGINT:  # batch systems send the others more than once
+            for process in list(self.processes.values()):
+                with suppress(ProcessLookupError):
+                    os.killpg(process, signal.SIGKILL)
+        said = "their last checkpoints stay" if again else "runs save and stop at their next step; again: at once"
+        with suppress(OSError):  # a terminal that is gone
+            os.write(2, f"{why}: {said}\n".encode())  # print may be the one that is interrupted
 
     def _work(self) -> None:
         try:
             while run := self._next():
                 self._train(run)
         except BaseException as e:  # a thread's error would be lost
-            self.broken, self.stop = e, "an error"
+            self.broken = e
+            self._ask_to_stop("an error")
 
     # --- taking a run -------------------------------------------------------------------------------------------------
 
     def _next(self) -> study_grid.Run | None:
         """The first run that is neither done nor taken; waits while others may open up new ones."""
         with self.changed:
-            while not self.stop and self.started < self.args.max_runs:
+            while not self.stop:
                 done = self.store.runs()
                 known = study_grid.runs(self.study, done)
-                self.known = len(_once(known))
+                self.known = {run.id for run in known}
                 missing = [run for run in _once(known) if run.id not in done and run.id not in self.failed]
                 if not missing:
                     return None
                 if self._shared(missing):  # which may open up others
                     continue
+                if self.started >= self.args.max_runs:
+                    self.enough = True
+                    return None
                 for run in self._own_first(missing):
                     if run.id not in self.mine and self._claim(run):
                         self.started += 1
@@ -285,10 +315,13 @@ class Runner:
             self.recorded += 1
             self.store.add(line, self.machine, self.header)
             came_to = f"top-1 {line['top1']}" if line["top1"] is not None else f"diverged at step {line['step']}"
-            self._say(run, f"{came_to} ({len(self.store.runs())} of {self.known} runs that are known by now)")
+            done = len(self.known & set(self.store.runs()))
+            self._say(run, f"{came_to} ({done} of {len(self.known)} runs that are known by now)")
             self._forget(run)
         elif status.get("state") == "stopped":
             self.stop = self.stop or str(status.get("reason"))
+        elif self.stop and code == -signal.SIGKILL:  # by the second Ctrl-C
+            pass
         else:
             output = (self.work / f"{run.id}.log").read_text(encoding="utf-8", errors="replace").strip()
             self._set_aside(run.id, f"{_words(run)}: exit code {code}: {output[-600:]}")
@@ -312,9 +345,11 @@ class Runner:
                 pass_fds=[self.mine[run.id].fileno()],
                 process_group=0,  # a terminal's Ctrl-C is for us: the run is told by its STOP file, and saves
             )  # fmt: skip
+            self.processes[run.id] = process.pid
             if self.stop:  # it came since we looked
                 self._ask_to_stop(self.stop)
             _, status, usage = os.wait4(process.pid, 0)
+            del self.processes[run.id]
         process.returncode = os.waitstatus_to_exitcode(status)
         told = self.work / run.id / "cpu_seconds"  # a line for each process: a run that was stopped has several
         with told.open("a") as file:
@@ -322,7 +357,7 @@ class Runner:
         return process.returncode, sum(map(float, told.read_text().split()))
 
     def _forget(self, run: study_grid.Run) -> None:
-        for suffix in (".yaml", ".log", ".lock"):  # whoever waits for the lock looks at the records next
+        for suffix in (".yaml", ".log"):  # not its lock, which another process may hold by now
             (self.work / f"{run.id}{suffix}").unlink(missing_ok=True)
         if not self.args.keep:
             shutil.rmtree(self.work / run.id, ignore_errors=True)
@@ -331,7 +366,8 @@ class Runner:
         with self.changed:
             self.failed[name] = why
             if len(self.failed) == HOPELESS and not self.recorded:
-                self.hopeless, self.stop = True, "no hope"
+                self.hopeless = True
+                self._ask_to_stop("no hope")
             self.changed.notify_all()
 
     def _say(self, run: study_grid.Run, what: str) -> None:

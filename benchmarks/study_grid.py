@@ -14,6 +14,7 @@ import difflib
 import hashlib
 import itertools
 import json
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,7 +24,7 @@ from typing import Any
 import yaml
 
 from dist_lars.cli import preset_text, typed_options
-from dist_lars.config import Config, as_flat, flat_yaml, from_flat, plain
+from dist_lars.config import LEAVES, Config, as_flat, flat_yaml, from_flat, plain
 from dist_lars.continuation import MAY_DIFFER_ON_RESUME
 from dist_lars.errors import UserError
 from dist_lars.plan import Plan, make_plan, planned_images
@@ -36,6 +37,13 @@ ON_PATH = KEYS & {"base", "axes", "where", "select", "final"}
 # Of a sweep: `epochs` for all cells alike, or their `share` of each cell's own; neither: all of them.
 SELECT = {"hold_out": 0.1, "epochs": None, "share": None, "seeds": [0], "factors": [1.0], "extend": 0}
 FINAL = {"seeds": [1, 2, 3], "options": {}}
+KINDS = {"title": str, "data": str, "note": str, "base": dict, "on_path": dict, "axes": dict, "where": list,
+         "select": dict, "final": dict, "report": dict}  # fmt: skip
+SELECT_KINDS = {"hold_out": float, "epochs": int, "share": float, "extend": int, "seeds": list, "factors": list}
+FINAL_KINDS = {"seeds": list, "options": dict}
+WORDS = {str: "text", dict: "keys with values", list: "a list", int: "a whole number", float: "a share such as 0.1"}
+# Read here, also where a study leaves them at their defaults.
+NEEDED = ("batch_size", "epochs", "model.name", "schedule.warmup_epochs")
 # What is decided for each run, here and by its runner, whatever a command says.
 OWN = {
     "name", "run_dir", "seed", "optim.lr", "log.every_steps", "log.eval_epochs", "log.progress", "log.tensorboard",
@@ -134,12 +142,12 @@ def load(path: Path, path_given: bool = False, overrides: Options | None = None)
         data="the images of --data.path" if other else raw["data"],
         note="" if other else " ".join(raw.get("note", "").split()),
         axes={axis: _labels(axis, labels) for axis, labels in raw["axes"].items()},
-        base=_options(raw.get("base", {})) | given,
+        base={key: LEAVES[key].default for key in NEEDED} | _options(raw.get("base", {})) | given,
         where=[_rule(rule, raw["axes"]) for rule in raw.get("where", [])],
         select=None if select is None else {**SELECT, **select},
         final={**FINAL, **final, "options": _options(final.get("options", {}))},
-        report=raw.get("report", {}),
-        given={k: v for k, v in given.items() if not k.startswith(MAY_DIFFER_ON_RESUME)},
+        report=_report(raw.get("report", {})),
+        given={k: v for k, v in given.items() if k == "data.val_images" or not k.startswith(MAY_DIFFER_ON_RESUME)},
     )
     _refuse_report(study)
     _refuse_options(study, given, path)
@@ -151,20 +159,26 @@ def load(path: Path, path_given: bool = False, overrides: Options | None = None)
 def _read(path: Path) -> dict[str, Any]:
     try:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as e:
+    except FileNotFoundError as e:
         raise UserError(f"study {path}: {e.strerror}{_like(path)}") from e
-    except yaml.YAMLError as e:
+    except OSError as e:
+        raise UserError(f"study {path}: {e.strerror}") from e
+    except (yaml.YAMLError, UnicodeDecodeError) as e:
         raise UserError(f"study {path} is not valid YAML: {' '.join(str(e).split())}") from e
     if not isinstance(raw, dict) or not raw.get("axes"):
         raise UserError(f"study {path} needs `axes`: what varies, and the options of each label")
     if not raw.get("data"):
         raise UserError(f"study {path} needs `data`: a line that says which images these are")
-    return raw
+    return {key: value for key, value in raw.items() if value is not None}
 
 
 def _refuse(raw: dict[str, Any], select: dict[str, Any], final: dict[str, Any], path: Path) -> None:
     """What is misspelt or of the wrong kind."""
     _known(raw, KEYS, f"study {path}")
+    for where, found, kinds in (("study", raw, KINDS), ("select", select, SELECT_KINDS), ("final", final, FINAL_KINDS)):
+        for key, kind in kinds.items():
+            if found.get(key) is not None and not isinstance(found[key], kind):
+                raise UserError(f"{where}: {key} is {found[key]!r}, but it must be {WORDS[kind]}")
     _known(select, SELECT, "select")
     _known(final, FINAL, "final")
     _known(raw.get("report", {}), REPORT, "report")
@@ -173,10 +187,20 @@ def _refuse(raw: dict[str, Any], select: dict[str, Any], final: dict[str, Any], 
         raise UserError(f"study {path}: its name {name!r} becomes part of file names: letters, digits, _ . - alone")
     if select.get("epochs") and select.get("share"):
         raise UserError("select: either `epochs`, one number for all cells, or their `share` of each cell's own")
-    for part, key in (("select", "factors"), ("select", "seeds"), ("final", "seeds")):
-        numbers = (select if part == "select" else final).get(key, [1])
-        if not (isinstance(numbers, list) and numbers and all(isinstance(n, int | float) for n in numbers)):
-            raise UserError(f"{part}: {key} is {numbers!r}, but it must be a list of numbers such as [1, 2, 3]")
+    if not 0 < select.get("hold_out", 0.1) < 1:
+        raise UserError(f"select: hold_out is {select['hold_out']}, but it must be a share of the training images")
+    for part, key, kind in (("select", "factors", int | float), ("select", "seeds", int), ("final", "seeds", int)):
+        found = (select if part == "select" else final).get(key, [1])
+        if not found or len(set(found)) < len(found) or not all(isinstance(n, kind) and n is not True for n in found):
+            words = "whole numbers" if kind is int else "numbers"
+            raise UserError(f"{part}: {key} is {found!r}, but it must be {words}, each once, such as [1, 2, 3]")
+
+
+def _report(raw: dict[str, Any]) -> dict[str, Any]:
+    """Labels as the axes have them: a batch of 256 is called "256"."""
+    words = {key: str(value) for key, value in raw.items() if key != "against"}
+    against = {str(key): str(value) for key, value in raw.get("against", {}).items()}
+    return words | ({"against": against} if against else {})
 
 
 def _refuse_report(study: Study) -> None:
@@ -186,6 +210,8 @@ def _refuse_report(study: Study) -> None:
     labels = study.axes[study.series]
     _known([asked["reference"]] if "reference" in asked else [], labels, "report: reference")
     _known([*against, *against.values()], labels, "report: against")
+    if against and "reference" not in asked:
+        raise UserError("report: against gives some labels a reference of their own: the others need `reference`")
 
 
 def _refuse_options(study: Study, given: Options, path: Path) -> None:
@@ -200,9 +226,11 @@ def _refuse_options(study: Study, given: Options, path: Path) -> None:
 
 
 def _like(path: Path) -> str:
-    others = sorted(other.name for other in path.parent.glob("*.yaml"))
-    close = difflib.get_close_matches(path.name, others, n=1)
-    return f"; did you mean {path.with_name(close[0])}?" if close else f"; there are {', '.join(others)}" * bool(others)
+    for folder in (path.parent, Path(__file__).parent / "studies"):
+        names = {other.name: other for other in sorted(folder.glob("*.yaml"))}
+        if close := difflib.get_close_matches(path.name.removesuffix(".yaml") + ".yaml", names, n=1, cutoff=0.8):
+            return f"; did you mean {os.path.relpath(names[close[0]])}?"
+    return ""
 
 
 def _on_path(raw: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
@@ -231,12 +259,16 @@ def _labels(axis: str, labels: Any) -> dict[str, Options]:
     """`batch_size: [256, 512]` is short for `batch_size: {256: {batch_size: 256}, ...}`."""
     if isinstance(labels, list):
         return {str(value): typed_options({axis: value}) for value in labels}
+    if not isinstance(labels, dict) or not all(isinstance(own, dict | None) for own in labels.values()):
+        raise UserError(f"axes: {axis} is {labels!r}, but it must be labels with their options, or values of an option")
     return {str(label): _options(options or {}) for label, options in labels.items()}
 
 
 def _rule(rule: Mapping[str, Any], axes: Mapping[str, Any]) -> dict[str, Any]:
     """`{arm: [A, B], network: C, set: {...}}`: options of the cells that have these labels."""
     _known(set(rule), {*axes, "set"}, "where")
+    if not isinstance(rule.get("set"), dict):
+        raise UserError(f"where: {dict(rule)} needs `set`: the options of the cells with these labels")
     wanted = {k: [str(x) for x in (v if isinstance(v, list) else [v])] for k, v in rule.items() if k != "set"}
     for axis, labels in wanted.items():
         _known(labels, [str(label) for label in axes[axis]], f"where: {axis}")

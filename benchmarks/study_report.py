@@ -15,7 +15,7 @@ from benchmarks import show, study_grid, study_plots
 from benchmarks.study_grid import Cell, Study
 from benchmarks.study_store import Store
 from dist_lars.checkpoint import write_aside
-from dist_lars.config import plain
+from dist_lars.continuation import differences
 from dist_lars.errors import UserError
 
 Line = Mapping[str, Any]
@@ -134,10 +134,6 @@ class Results:
 def write(study: Study, store: Store) -> str:
     """Write study-NAME.md and its plots beside the records; the report."""
     results = Results(study, store.runs())
-    if not {run.id for run in results.known} & set(results.records):
-        raise UserError(
-            f"{store.path} holds runs, but none with these options{_unlike(results)}: give those, or --records"
-        )
     plots = study_plots.write(results, store.folder)
     parts = [
         tables(results),
@@ -151,14 +147,26 @@ def write(study: Study, store: Store) -> str:
     return text
 
 
-def _unlike(results: Results) -> str:
-    """What a recorded run has other than here, as far as it is of one of the cells."""
-    for record in results.records.values():
-        for run in results.known:
-            if (run.cell.labels, run.stage) == (record["cell"], record["stage"]):
-                here, there = plain(run.options), record["options"]
-                keys = [k for k in there if k in here and here[k] != there[k] and k not in ("optim.lr", "seed")]
-                return f" ({', '.join(f'{k} {there[k]} there, {here[k]} here' for k in keys)})" if keys else ""
+def refuse_other_options(study: Study, store: Store) -> None:
+    """Records of which none is of this study with these options: its report would be one of nothing, over theirs."""
+    records = store.runs()
+    if records and not {run.id for run in study_grid.runs(study, records)} & set(records):
+        raise UserError(
+            f"{store.path} holds runs, but none with these options{_unlike(study, records)}: give those of the "
+            f"records, or --records DIR for these"
+        )
+
+
+def _unlike(study: Study, records: study_grid.Records) -> str:
+    """What a recorded run has other than the same one here would have."""
+    for record in sorted(records.values(), key=lambda r: r["stage"]):  # a final run is nearest to the study's file
+        for cell in study_grid.cells(study):
+            if cell.labels == record["cell"]:
+                same = study_grid.final_run if record["stage"] == "final" else study_grid.select_run
+                options = same(study, cell, 1.0, record["seed"]).options
+                lines = differences(record["options"], options)
+                told = [line for line in lines if not line.startswith(("optim.lr:", "seed:"))]
+                return f" ({'; '.join(told[:4])})" if told else ""
     return ""
 
 
@@ -191,14 +199,14 @@ def _state(results: Results) -> str:
     return (
         f"{results.study.data}. {state}: {complete} of {len(results.cells)} cells have all their seeds; "
         f"{len(known & set(results.records))} of {len(known)} runs that are known by now are done."
-        + f" {others} more, of rates that are not the best any more or of other options, do not count."
+        + f" Not counted: {_count(others, 'run')} at rates that are not the best any more, or with other options."
         * bool(others)
     )
 
 
 def _method(study: Study) -> str:
-    seeds = len(study.final["seeds"])
-    text = f"Mean ± standard deviation (runs) over {seeds} seeds; the test images are read once, at the end of a run."
+    seeds = _count(len(study.final["seeds"]), "seed")
+    text = f"Mean ± standard deviation (runs) over {seeds}; the test images are read once, at the end of a run."
     if study.given:
         text += f" Options of the command: {', '.join(f'{key} {value}' for key, value in study.given.items())}."
     if study.select:

@@ -135,8 +135,8 @@ def names_of_files(config: Config) -> str | None:
     if (len(train), len(val)) != (config.data.train_images, config.data.val_images):
         raise UserError(
             f"{path} has {len(train):,} + {len(val):,} images in {len(train.classes)} classes, but the study has "
-            f"{config.data.train_images:,} + {config.data.val_images:,}: --data.train_images {len(train)} "
-            f"--data.val_images {len(val)}, or the same in the study's file"
+            f"{config.data.train_images:,} + {config.data.val_images:,}; if these are the images that it is about: "
+            f"--data.train_images {len(train)} --data.val_images {len(val)}, or the same in its file"
         )
     return hashlib.sha256("".join(map(digest_of, indexes)).encode()).hexdigest()[:12]
 

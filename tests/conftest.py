@@ -56,6 +56,7 @@ def run_command(words: list[str], timeout: float, cwd: Path | None = None, **ext
         output, _ = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
+        subprocess.run(["pkill", "-KILL", "-s", str(process.pid)], check=False)  # those with groups of their own
         output, _ = process.communicate()
         pytest.fail(f"no end after {timeout:g} s: {' '.join(words)}\n{output[-3000:]}")
     return Finished(words, process.returncode, output, "")

@@ -254,7 +254,7 @@ MUTANTS = [
     Mutant("dist_lars/locks.py", "else fcntl.LOCK_EX)", "else fcntl.LOCK_SH)", "tests/launch/test_study.py::test_tasks_of_an_array_share_the_work"),
     Mutant("benchmarks/study.py", "                process_group=0,", "               ", "tests/launch/test_study.py::test_a_terminals_ctrl_c_saves_the_run"),
     Mutant("benchmarks/study_store.py", "    if (len(train), len(val)) != ", "    if False and (len(train), len(val)) != ", f"{STUDY_REPORT}::test_files_are_known_by_their_names_packed_or_not"),
-    Mutant("benchmarks/study_report.py", "    if not {run.id for run in results.known} & set(results.records):", "    if False:", "tests/unit/test_study_runner.py::test_runs_with_other_options_are_no_report"),
+    Mutant("benchmarks/study_report.py", "    if records and not {run.id for run in study_grid.runs(study, records)} & set(records):", "    if False:", "tests/unit/test_study_runner.py::test_runs_with_other_options_are_no_report"),
     Mutant("benchmarks/study.py", "        store.make()\n", "", "tests/unit/test_study_runner.py::test_folders_that_cannot_be_written_are_refused_before_any_run[--records]"),
     Mutant("benchmarks/study.py", "                pass_fds=[self.mine[run.id].fileno()],\n", "", "tests/launch/test_study.py::test_a_study_that_is_killed_goes_on_to_the_same_records"),
     Mutant("dist_lars/data/sets.py", "train.subset(np.sort(order[held:]))", "train", "tests/unit/test_hold_out.py::test_both_parts_are_the_whole"),

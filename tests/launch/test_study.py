@@ -107,7 +107,7 @@ def wait_for(what, seconds: float) -> None:
 
 def everybody(number: str, folder: Path) -> None:
     """Send a signal to all processes that name the folder: each run has a process group of its own."""
-    subprocess.run(["pkill", f"-{number}", "-f", f"dist_lars.train.*{folder}"], check=True)
+    subprocess.run(["pkill", f"-{number}", "-f", f"dist_lars.train.*{folder}"], check=False)  # or there is none left
 
 
 @pytest.mark.parametrize("victim", ["the runner", "the runner and its runs"])
@@ -119,8 +119,8 @@ def test_a_study_that_is_killed_goes_on_to_the_same_records(victim, whole, tmp_p
     wait_for((tmp_path / "records/study-tiny.jsonl").exists, 60)  # the first run is done
     first = set(told(tmp_path))
     wait_for(lambda: {p.parent.name for p in work.glob("*/log.jsonl")} - first, 60)  # the second has begun
-    process.kill()
     everybody("STOP" if victim == "the runner" else "KILL", tmp_path)  # its orphan
+    process.kill()
     process.wait()
     assert 1 <= len(told(tmp_path)) < 3
     again = subprocess.Popen(words(tmp_path, **ONE_ARM), env=env, cwd=tmp_path, stdout=subprocess.PIPE, text=True)
@@ -145,30 +145,35 @@ def test_a_study_that_is_asked_to_stop_says_so_and_goes_on(whole, tmp_path, cach
     assert told(tmp_path) == arm(whole[0], "LARS")
 
 
-def test_a_terminals_ctrl_c_saves_the_run(whole, tmp_path, cache):
+def test_a_terminals_ctrl_c_saves_the_run(tmp_path, cache):
     """It goes to all processes of the terminal's foreground group, of which the trainer shall not be."""
-    (tmp_path / "out.txt").touch()
-    line = " ".join(words(tmp_path, **ONE_ARM))
+    long = {"axes": {"arm": {"SGD": {}}}, "select": None, "report": {}}
+    line = words(tmp_path, base={**TINY["base"], "epochs": 60, "batch_size": 256}, **long)
     master, slave = pty.openpty()
     with (tmp_path / "out.txt").open("w") as out:
         process = subprocess.Popen(
-            ["setsid", "--ctty", "--wait", "sh", "-c", f"exec {line}"], stdin=slave, stdout=out, stderr=out,
-            env=environment(DIST_LARS_CACHE=str(cache)), cwd=tmp_path,
+            ["setsid", "--ctty", "--wait", *line], stdin=slave, stdout=out, stderr=out, cwd=tmp_path,
+            env=environment(DIST_LARS_CACHE=str(cache)),
         )  # fmt: skip
-        wait_for(lambda: [p for p in tmp_path.glob("work/*/*/log.jsonl") if "start" in p.read_text()], 60)
-        os.write(master, b"\x03")
-        assert process.wait(60) == 75, (tmp_path / "out.txt").read_text()
+        try:
+            wait_for(lambda: [p for p in tmp_path.glob("work/*/*/log.jsonl") if "start" in p.read_text()], 60)
+            os.write(master, b"\x03")
+            assert process.wait(60) == 75, (tmp_path / "out.txt").read_text()
+        finally:
+            everybody("KILL", tmp_path)
+    os.close(master)
+    os.close(slave)
     text = (tmp_path / "out.txt").read_text()
     assert "SIGINT: runs save and stop at their next step" in text
     assert text.endswith("stopped (SIGINT); the same command goes on from here\n")
     assert "KeyboardInterrupt" not in text
-    states = [json.loads(path.read_text())["state"] for path in tmp_path.glob("work/*/*/status.json")]
-    assert states == ["stopped"]
-    os.close(master)
-    os.close(slave)
-    done = run_command(words(tmp_path, **ONE_ARM), 300, cwd=tmp_path, DIST_LARS_CACHE=str(cache))
+    (status,) = [json.loads(path.read_text()) for path in tmp_path.glob("work/*/*/status.json")]
+    assert (status["state"], 0 < status["step"] < 300) == ("stopped", True)
+    done = run_command([*line, "--keep"], 300, cwd=tmp_path, DIST_LARS_CACHE=str(cache))
     assert done.returncode == 0, done.stdout
-    assert told(tmp_path) == arm(whole[0], "LARS")
+    (log,) = tmp_path.glob("work/*/*/log.jsonl")
+    starts = [entry for entry in map(json.loads, log.read_text().splitlines()) if entry["kind"] == "start"]
+    assert [entry["step"] for entry in starts] == [0, status["step"]]
 
 
 def test_tasks_of_an_array_share_the_work(whole, tmp_path, cache):

@@ -168,6 +168,14 @@ def test_recorded_runs_are_runs_of_their_study(name):
 # --- files ------------------------------------------------------------------------------------------------------------
 
 
+def test_what_is_left_open_is_what_the_trainer_has(tmp_path):
+    open_ends = {"base": {k: v for k, v in TINY["base"].items() if k not in ("epochs", "model", "schedule")}}
+    wanted = study(tmp_path, **open_ends, title=None, report={"series": "batch_size", "reference": 64}, where=None)
+    (run, *_) = study_grid.runs(wanted, {})
+    assert (run.options["model.name"], run.options["epochs"]) == ("resnet18", 2)
+    assert wanted.reference("256") == "64"
+
+
 def test_the_study_of_your_own_in_the_docs_is_one(tmp_path):
     text = (Path(__file__).parents[2] / "docs/evidence.md").read_text()
     (tmp_path / "mine.yaml").write_text(re.search(r"```yaml\n(.*?)```", text, re.S)[1])
@@ -195,8 +203,17 @@ def test_the_study_of_your_own_in_the_docs_is_one(tmp_path):
         ({"report": {"x": "batchsize"}}, "report: x and series are axes: unknown key 'batchsize'"),
         ({"name": "my study/1"}, "its name 'my study/1' becomes part of file names"),
         ({"data": ""}, "needs `data`"),
-        ({"select": {"factors": 2}}, "select: factors is 2, but it must be a list of numbers"),
-        ({"final": {"seeds": 3}}, "final: seeds is 3, but it must be a list of numbers"),
+        ({"select": {"factors": 2}}, "select: factors is 2, but it must be a list"),
+        ({"final": {"seeds": 3}}, "final: seeds is 3, but it must be a list"),
+        ({"final": {"seeds": [1, 1]}}, r"final: seeds is \[1, 1\], but it must be whole numbers, each once"),
+        ({"final": {"seeds": [1.5]}}, "must be whole numbers, each once"),
+        ({"select": {"hold_out": 0}}, "hold_out is 0, but it must be a share"),
+        ({"select": {"extend": "x"}}, "select: extend is 'x', but it must be a whole number"),
+        ({"axes": {"batch_size": 256}, "report": {}}, "axes: batch_size is 256, but it must be labels"),
+        ({"axes": {"arm": {"SGD": 3}}, "report": {}}, "but it must be labels with their options"),
+        ({"axes": ["a"]}, r"study: axes is \['a'\], but it must be keys with values"),
+        ({"where": [{"arm": "LARS"}]}, "needs `set`"),
+        ({"report": {"series": "arm", "against": {"SGD": "LARS"}}}, "the others need `reference`"),
         ({"base": {"epochs": "many"}}, "epochs is 'many', but it must be a whole number"),
     ],
 )

@@ -2,8 +2,11 @@
 
 import json
 import re
+import signal
 import subprocess
 import sys
+import threading
+import time
 
 import pytest
 from study_tools import TINY, finish, study
@@ -103,14 +106,17 @@ def test_runs_with_other_options_are_no_report(tmp_path, capsys):
     short = study(tmp_path, base=TINY["base"] | {"epochs": 3})
     store = study_store.Store(tmp_path / "records", "tiny")
     line = next(iter(finish(short, lambda run: 80).values()))
-    line["options"] = {"epochs": line["epochs"], "batch_size": 64}
+    line["options"] = study_grid.runs(short, {})[0].options
     store.add({k: v for k, v in line.items() if k != "kind"}, {"machine": {"cpu": "abacus"}}, {})
     study(tmp_path, select={"hold_out": 0.2, "epochs": 4})
     with pytest.raises(SystemExit) as ended:
         command.main([str(tmp_path / "tiny.yaml"), "--records", str(tmp_path / "records"), "--report"])
     assert ended.value.code == 2
-    assert "but none with these options (epochs 2 there, 4 here)" in capsys.readouterr().err
+    assert "but none with these options (epochs: 2 -> 4" in capsys.readouterr().err
     assert not list((tmp_path / "records").glob("*.md"))
+    with pytest.raises(UserError, match="none with these options"):  # nor are they trained beside those
+        runner(study_grid.load(tmp_path / "tiny.yaml"), tmp_path)
+    assert not (tmp_path / "work").exists()
 
 
 @pytest.mark.parametrize(
@@ -121,6 +127,7 @@ def test_runs_with_other_options_are_no_report(tmp_path, capsys):
         (["--task", "2", "--of", "2"], "--task 2 --of 2: tasks of N are 0 to N - 1"),
         (["--worker", "2"], "unknown option --worker; did you mean --workers?"),
         (["--epoch", "2"], "did you mean epochs"),
+        (["--data.path"], "--data.path: options of the trainer are written --key value"),
     ],
 )
 def test_a_wrong_option_is_refused(words, message, capsys):
@@ -129,10 +136,18 @@ def test_a_wrong_option_is_refused(words, message, capsys):
     assert message in capsys.readouterr().err
 
 
+def test_values_are_no_options(tmp_path):
+    assert command.parse(["tiny.yaml", "--data.path", "records"])[1] == {"data.path": "records"}
+
+
 def test_a_misspelt_file_is_found(tmp_path):
     study(tmp_path)
     with pytest.raises(UserError, match=r"study .*tinny.yaml: No such file or directory; did you mean .*/tiny.yaml\?"):
         study_grid.load(tmp_path / "tinny.yaml")
+    with pytest.raises(UserError, match=r"did you mean .*benchmarks/studies/digits.yaml\?"):
+        study_grid.load(tmp_path / "digits")
+    with pytest.raises(UserError, match="Is a directory$"):
+        study_grid.load(tmp_path)
 
 
 @pytest.mark.parametrize("option", ["--records", "--work"])
@@ -210,6 +225,77 @@ def test_a_stop_that_comes_while_a_run_is_started_reaches_it(tmp_path, monkeypat
     wait = f"import os, time\nwhile not os.path.exists({str(mine.work / run.id / 'STOP')!r}): time.sleep(0.01)"
     code, _ = mine._launch([sys.executable, "-c", wait], run)
     assert code == 0
+
+
+def test_a_second_ctrl_c_ends_the_run_at_once(tmp_path, monkeypatch):
+    """Which may be where no stop is noticed, in a cache that is being filled say; it is no failure."""
+    mine = runner(study(tmp_path), tmp_path)
+    run = mine._next()
+    (mine.work / run.id).mkdir()
+    real = mine._launch
+    sleep = [sys.executable, "-c", "import time\ntime.sleep(60)"]
+    monkeypatch.setattr(mine, "_launch", lambda words, run: real(sleep, run))
+    thread = threading.Thread(target=mine._train, args=(run,))
+    thread.start()
+    while run.id not in mine.processes:
+        time.sleep(0.01)
+    mine._hear(signal.SIGINT, None)
+    assert (mine.work / run.id / "STOP").exists()
+    thread.join(0.2)
+    assert thread.is_alive()
+    mine._hear(signal.SIGINT, None)
+    thread.join(20)
+    assert not thread.is_alive()
+    assert not mine.failed
+    assert mine.last_words() == ["stopped (SIGINT); the same command goes on from here"]
+
+
+def test_a_terminal_that_is_gone_stops_the_runs(tmp_path, monkeypatch):
+    mine = runner(study(tmp_path), tmp_path)
+    run = mine._next()
+    (mine.work / run.id).mkdir()
+
+    def write(number, text):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr("os.write", write)
+    mine._hear(signal.SIGHUP, None)
+    assert mine.stop == "SIGHUP"
+    assert (mine.work / run.id / "STOP").exists()
+
+
+def test_what_the_caller_ignores_stays_ignored(tmp_path, monkeypatch):
+    """nohup wants no SIGHUP; and handlers are given back."""
+    mine = runner(study(tmp_path), tmp_path)
+    before = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
+    seen = {}
+    monkeypatch.setattr(mine, "_next", lambda: seen.update({n: signal.getsignal(n) for n in [*before, signal.SIGHUP]}))
+    hangup = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert mine.go() == 0
+    finally:
+        signal.signal(signal.SIGHUP, hangup)
+    assert seen == {signal.SIGTERM: mine._hear, signal.SIGINT: mine._hear, signal.SIGHUP: signal.SIG_IGN}
+    assert {n: signal.getsignal(n) for n in before} == before
+
+
+@pytest.mark.parametrize(
+    ("limit", "last"), [(2, ["stopped after --max_runs 2; the same command goes on from here"]), (99, [])]
+)
+def test_a_limit_of_runs_is_told_only_where_something_is_left(tmp_path, monkeypatch, limit, last):
+    wanted = study(tmp_path, axes={"batch_size": [64], "arm": TINY["axes"]["arm"]})
+    mine = runner(wanted, tmp_path, "--max_runs", str(limit))
+    done = finish(wanted, lambda run: 80 - 10 * abs(run.factor - 1))
+
+    def train(run):
+        line = {k: v for k, v in done[run.id].items() if k != "kind"}
+        mine.store.add(line, {"machine": {"cpu": "abacus"}}, study_report.header(wanted))
+        mine._release(run)
+
+    monkeypatch.setattr(mine, "_train", train)
+    assert mine.go() == 0
+    assert mine.last_words() == last
+    assert mine.started == min(limit, len(done))
 
 
 def test_a_task_ends_when_others_train_all_that_is_left(tmp_path):
