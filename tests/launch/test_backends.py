@@ -29,8 +29,10 @@ def words(carrier: str, *more: str) -> list[str]:
 
 @pytest.mark.parametrize(
     ("first", "second"),
-    [("horovod by MPI", "torch under torchrun"), ("torch under mpirun", "horovod by gloo")],
-    ids=["horovod to torch", "torch to horovod"],
+    [
+        pytest.param("horovod by MPI", "torch under torchrun", id="horovod to torch"),
+        pytest.param("torch under mpirun", "horovod by gloo", id="torch to horovod", marks=pytest.mark.faults),
+    ],
 )
 def test_a_run_goes_on_with_the_other_backend(command, image_folder, tmp_path, first, second):
     """Stopped in the middle of an epoch under one, resumed under the other: the numbers of the whole run."""

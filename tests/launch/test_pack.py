@@ -116,6 +116,7 @@ def processes_naming(text: str) -> list[str]:
     return found
 
 
+@pytest.mark.faults
 def test_kill_9_in_the_middle_of_packing_then_resume_gives_identical_shards(command, image_folder, tmp_path):
     source = many_images(tmp_path, 100, image_folder)
     options = ("--size", "32", "--shard_mb", "0.1", "--workers", "2")

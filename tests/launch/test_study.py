@@ -152,8 +152,8 @@ def test_a_terminals_ctrl_c_saves_the_run(tmp_path, cache):
     master, slave = pty.openpty()
     with (tmp_path / "out.txt").open("w") as out:
         process = subprocess.Popen(
-            ["setsid", "--ctty", "--wait", *line], stdin=slave, stdout=out, stderr=out, cwd=tmp_path,
-            env=environment(DIST_LARS_CACHE=str(cache)),
+            ["setsid", "--ctty", "--wait", "env", "--default-signal=INT", *line],
+            stdin=slave, stdout=out, stderr=out, cwd=tmp_path, env=environment(DIST_LARS_CACHE=str(cache)),
         )  # fmt: skip
         try:
             wait_for(lambda: [p for p in tmp_path.glob("work/*/*/log.jsonl") if "start" in p.read_text()], 60)

@@ -68,9 +68,17 @@ def test_every_proposed_way_out_is_valid():
     assert followed > refused > 1000  # mostly several ways
 
 
-def test_fewer_images_than_one_batch_is_refused():
-    with pytest.raises(UserError, match=r"batch_size 256 is larger than the 100 training images.*--batch_size 96"):
-        make_plan(Config(), 1, 100, 10)
+@pytest.mark.parametrize(
+    ("ranks", "images", "way"),
+    [
+        (1, 100, "--batch_size 96$"),
+        (1, 20, "--micro_batch 20 or less and a smaller --batch_size$"),
+        (8, 7, "fewer ranks$"),
+    ],
+)
+def test_fewer_images_than_one_batch_is_refused(ranks, images, way):
+    with pytest.raises(UserError, match=rf"batch_size 256 is larger than the {images} training images.*{way}"):
+        make_plan(Config(), ranks, images, 10)
 
 
 def test_peak_comes_from_the_rule_or_from_optim_lr():

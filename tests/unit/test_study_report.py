@@ -260,7 +260,18 @@ def test_what_is_to_do_is_counted_with_its_cost(tmp_path):
     assert "0 runs done, 12 to do, 12 more when the rates are chosen" in text
     # sweeps: 12 runs of 2 epochs of 18 x 64 or 4 x 256; finals: 12 runs of 4 epochs of 23 x 64 or 5 x 256
     assert f"cnn_small: {(6 * 2 * (18 * 64 + 4 * 256) + 6 * 4 * (23 * 64 + 5 * 256)) / 1e6:.1f} million images" in text
-    assert "12 runs" not in study_report.to_do(wanted, finish(wanted, accuracy))
+    done = finish(wanted, accuracy)
+    assert study_report.to_do(wanted, done) == f"{len(done)} runs done, 0 to do: complete"
+    assert ", about 0.1 hours of one core" in study_report.to_do(wanted, {}, done)  # at the speed of others' records
+    assert "hours" not in text
+
+
+def test_runs_beside_the_study_are_told(tmp_path):
+    wanted = study(tmp_path)
+    done = finish(wanted, accuracy)
+    assert "Not counted" not in study_report.tables(study_report.Results(wanted, done))
+    text = study_report.tables(study_report.Results(wanted, done | {"other": next(iter(done.values()))}))
+    assert "Not counted: 1 run at rates that are not the best any more, or with other options." in text
 
 
 # --- the file ---------------------------------------------------------------------------------------------------------

@@ -267,16 +267,18 @@ def test_a_terminal_that_is_gone_stops_the_runs(tmp_path, monkeypatch):
 def test_what_the_caller_ignores_stays_ignored(tmp_path, monkeypatch):
     """nohup wants no SIGHUP; and handlers are given back."""
     mine = runner(study(tmp_path), tmp_path)
-    before = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
+    given = {signal.SIGTERM: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_IGN}
     seen = {}
-    monkeypatch.setattr(mine, "_next", lambda: seen.update({n: signal.getsignal(n) for n in [*before, signal.SIGHUP]}))
-    hangup = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    monkeypatch.setattr(mine, "_next", lambda: seen.update({n: signal.getsignal(n) for n in given}))
+    ours = {n: signal.signal(n, handler) for n, handler in given.items()}
     try:
         assert mine.go() == 0
+        after = {n: signal.getsignal(n) for n in given}
     finally:
-        signal.signal(signal.SIGHUP, hangup)
+        for number, handler in ours.items():
+            signal.signal(number, handler)
     assert seen == {signal.SIGTERM: mine._hear, signal.SIGINT: mine._hear, signal.SIGHUP: signal.SIG_IGN}
-    assert {n: signal.getsignal(n) for n in before} == before
+    assert after == given
 
 
 @pytest.mark.parametrize(
