@@ -223,13 +223,15 @@ class Runner:
                     (self.work / name / "STOP").touch()
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
-        why, again = signal.Signals(number).name, self.stop
+        why, again = signal.Signals(number).name, bool(self.stop) and number == signal.SIGINT
         self._ask_to_stop(why)
-        if again and number == signal.SIGINT:  # batch systems send the others more than once
+        if again:  # only this one: batch systems send the others more than once
             for process in list(self.processes.values()):
                 with suppress(ProcessLookupError):
                     os.killpg(process, signal.SIGKILL)
-        said = "their last checkpoints stay" if again else "runs save and stop at their next step; again: at once"
+        said = (
+            "ended, their last checkpoints stay" if again else "runs save and stop at their next step; again: at once"
+        )
         with suppress(OSError):  # a terminal that is gone
             os.write(2, f"{why}: {said}\n".encode())  # print may be the one that is interrupted
 
