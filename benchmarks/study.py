@@ -30,7 +30,6 @@ from typing import IO, Any
 from benchmarks import record, study_grid, study_report, study_store
 from dist_lars.cli import make_parser, normalise
 from dist_lars.config import data_path, from_flat
-from dist_lars.data.folder import split_folders
 from dist_lars.errors import UserError
 from dist_lars.launchers import expected_ranks
 from dist_lars.locks import lock
@@ -58,12 +57,13 @@ def main(argv: list[str] | None = None) -> None:
             print(study_report.to_do(study, others | store.runs(), shipped))
             return
         code = 0
-        if not args.report:
+        if args.report:
+            study_report.refuse_other_options(study, store)
+        else:
             refuse_what_cannot_run(study)
             runner = Runner(study, store, args)
             code = runner.go()
         if store.runs():
-            study_report.refuse_other_options(study, store)
             print(study_report.write(study, store))
             print(f"report: {store.path.with_suffix('.md')}, its plots beside it; records: {store.path}", flush=True)
         elif args.report:
@@ -86,15 +86,12 @@ def header(study: study_grid.Study) -> dict[str, Any]:
 
 
 def refuse_what_cannot_run(study: study_grid.Study) -> None:
-    """Say once and now, not in the log of each run, that images are missing, or that ranks do not share a batch.
+    """Say once and now, not in the log of each run, that ranks do not share a batch; of images, `header` does.
 
     $DIST_LARS_RANKS says how many ranks there will be, as slurm/study.sbatch sets it.
     """
     ranks, _ = expected_ranks({"DIST_LARS_RANKS": os.environ.get("DIST_LARS_RANKS", "")})
     for cell in study_grid.cells(study):
-        config = from_flat(cell.options)
-        if path := data_path(config):
-            split_folders(path, config.data.val)
         try:
             study_grid.plan_of(cell.options, ranks or 1)
         except UserError as e:

@@ -146,7 +146,9 @@ def overlap() -> str:
 def study(name: str) -> str:
     """The accuracies of a study, from its report; another test holds that against the records."""
     report = (ROOT / f"benchmarks/records/study-{name}.md").read_text(encoding="utf-8")
-    return report.split("\n## Top-1 accuracy, %\n\n")[1].split("\n\n")[0] + _report(name)
+    return report.split("\n## Top-1 accuracy, %\n\n")[1].split("\n\n")[0] + (
+        f"\n\n([report and plots](benchmarks/records/study-{name}.md), [study](benchmarks/studies/{name}.yaml))"
+    )
 
 
 TABLES: Mapping[str, Callable[[], str]] = {
@@ -184,10 +186,6 @@ def _link(name: str, *kinds: str) -> str:
     words = {"json": "record", "md": "table", "png": "plot"}
     links = [f"[{words[kind]}](benchmarks/records/{name}.{kind})" for kind in kinds or ("json",)]
     return f"\n\n({', '.join(links)})"
-
-
-def _report(name: str) -> str:
-    return f"\n\n([report and plots](benchmarks/records/study-{name}.md), [study](benchmarks/studies/{name}.yaml))"
 
 
 def _size(mb: float) -> str:

@@ -38,13 +38,14 @@ class Supervisor:
         self.notes = StopNotes(
             self.stop_file if first else None, deadline(config.max_time, STARTED, os.environ) if first else None
         )
-        if threading.current_thread() is threading.main_thread():  # Python runs signal handlers nowhere else
-            self.notes.listen()
         bound = config.guard.max_loss or default_bound(classes)
         self.loss_bound = LossBound(bound, config.guard.max_loss_steps)
         self.saved_at, self.save_seconds = time.monotonic(), 0.0
         self.noted_at, self.step_seconds, self.evaluate_seconds = time.monotonic(), 0.0, 0.0
         self.pending = self.comm.sum_later([0, 0])
+        # Last, for whoever made it gives them back. Python runs signal handlers in the main thread alone.
+        if threading.current_thread() is threading.main_thread():
+            self.notes.listen()
 
     def leave(self, kind: type[BaseException] | None, *_: object) -> None:
         """Give the signals back, unless the run was stopped: launchers send several, and its exit code shall tell."""

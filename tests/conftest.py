@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -42,7 +41,7 @@ def environment(**extra: str) -> dict[str, str]:
 
 
 def run_command(words: list[str], timeout: float, cwd: Path | None = None, **extra: str) -> Finished:
-    """Run a command in its own process group; on a time-out the whole group is killed and the test fails."""
+    """Run a command in its own session; on a time-out the whole session is killed and the test fails."""
     process = subprocess.Popen(
         words,
         stdout=subprocess.PIPE,
@@ -55,8 +54,7 @@ def run_command(words: list[str], timeout: float, cwd: Path | None = None, **ext
     try:
         output, _ = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        subprocess.run(["pkill", "-KILL", "-s", str(process.pid)], check=False)  # those with groups of their own
+        subprocess.run(["pkill", "-KILL", "-s", str(process.pid)], check=False)  # of all groups in its session
         output, _ = process.communicate()
         pytest.fail(f"no end after {timeout:g} s: {' '.join(words)}\n{output[-3000:]}")
     return Finished(words, process.returncode, output, "")

@@ -23,14 +23,19 @@ def runner(wanted, folder, *words):
     return command.Runner(wanted, study_store.Store(args.records, wanted.name), args)
 
 
+def put(store, line, wanted):
+    """Record a made-up run."""
+    content = {k: v for k, v in line.items() if k != "kind"}
+    store.add(content, {"machine": {"cpu": "abacus"}}, study_report.header(wanted))
+
+
 @pytest.fixture
 def other(tmp_path):
     """A study with records, of whose cells one is asked by another study under another name."""
     wanted = study(tmp_path, name="other")
     store = study_store.Store(tmp_path / "records", "other")
     for line in finish(wanted, lambda run: 80 - 10 * abs(run.factor - 1)).values():
-        line = {k: v for k, v in line.items() if k != "kind"}
-        store.add(line, {"machine": {"cpu": "abacus"}}, study_report.header(wanted))
+        put(store, line, wanted)
     return store
 
 
@@ -107,7 +112,7 @@ def test_runs_with_other_options_are_no_report(tmp_path, capsys):
     store = study_store.Store(tmp_path / "records", "tiny")
     line = next(iter(finish(short, lambda run: 80).values()))
     line["options"] = study_grid.runs(short, {})[0].options
-    store.add({k: v for k, v in line.items() if k != "kind"}, {"machine": {"cpu": "abacus"}}, {})
+    put(store, line, short)
     study(tmp_path, select={"hold_out": 0.2, "epochs": 4})
     with pytest.raises(SystemExit) as ended:
         command.main([str(tmp_path / "tiny.yaml"), "--records", str(tmp_path / "records"), "--report"])
@@ -290,8 +295,7 @@ def test_a_limit_of_runs_is_told_only_where_something_is_left(tmp_path, monkeypa
     done = finish(wanted, lambda run: 80 - 10 * abs(run.factor - 1))
 
     def train(run):
-        line = {k: v for k, v in done[run.id].items() if k != "kind"}
-        mine.store.add(line, {"machine": {"cpu": "abacus"}}, study_report.header(wanted))
+        put(mine.store, done[run.id], wanted)
         mine._release(run)
 
     monkeypatch.setattr(mine, "_train", train)
@@ -308,8 +312,7 @@ def test_a_task_ends_when_others_train_all_that_is_left(tmp_path):
     last = [run for run in done.values() if run["stage"] == "final"][-2:]
     for line in done.values():
         if line not in last:
-            line = {k: v for k, v in line.items() if k != "kind"}
-            mine.store.add(line, {"machine": {"cpu": "abacus"}}, study_report.header(wanted))
+            put(mine.store, line, wanted)
     taken = [mine._next() for _ in last]
     assert {run.id for run in taken} == {line["id"] for line in last}
     assert runner(wanted, tmp_path)._next() is None
